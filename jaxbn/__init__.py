@@ -1,0 +1,22 @@
+"""Batch normalization for JAX: pure functions over explicit params and state.
+
+Example:
+    >>> import jax.numpy as jnp, jaxbn
+    >>> bn = jaxbn.BatchNorm(momentum=0.9)
+    >>> params, state = bn.init(3)
+    >>> y, state = bn.apply(params, state, jnp.ones((8, 3)), training=True)
+"""
+
+from jaxbn._batch_norm import BatchNorm as BatchNorm
+from jaxbn._functions import apply as apply
+from jaxbn._functions import init as init
+from jaxbn._moments import Moments as Moments
+from jaxbn._moments import merge_moments as merge_moments
+from jaxbn._moments import moments as moments
+from jaxbn._normalize import normalize as normalize
+from jaxbn._normalizer import Normalizer as Normalizer
+from jaxbn._running import update_running as update_running
+from jaxbn._state import BatchNormParams as BatchNormParams
+from jaxbn._state import BatchStats as BatchStats
+
+__version__ = "0.1.0"

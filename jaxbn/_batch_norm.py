@@ -1,0 +1,223 @@
+"""The layer: a value of hyperparameters with two pure functions, `init` and `apply`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from jaxbn._axes import as_axes, feature_sizes, reduction_axes
+from jaxbn._dtypes import as_dtype, as_float, at_least_float32, real_part
+from jaxbn._moments import batch_moments
+from jaxbn._normalize import affine_map, check_epsilon
+from jaxbn._normalizer import check_values, choose, split_mode, where_seen
+from jaxbn._running import check_ddof, check_momentum, check_real, tracked
+from jaxbn._state import BatchNormParams, BatchStats, draw
+from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Key
+from jaxbn._weights import hide_unweighted, prepare_weights
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchNorm:
+    r"""Batch normalization.
+
+    .. math::
+        y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta
+
+    with the mean and the biased variance of the batch while training, and with the
+    running ones of the state otherwise. A frozen value: it prints, compares, hashes and
+    pickles, and rebuilding an equal one under `jax.jit` does not retrace.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> bn = jaxbn.BatchNorm(momentum=0.5)
+        >>> params, state = bn.init(1)
+        >>> y, state = bn.apply(params, state, jnp.array([[1.0], [3.0]]), training=True)
+        >>> print(y.round(3).ravel(), state.mean, state.var)
+        [-1.  1.] [1.] [1.]
+
+    Attributes:
+        feature_axes: The axis or axes that keep statistics of their own: -1 for channels
+            last, 1 for channels first.
+        momentum: The decay m of the running statistics, new = m old + (1 - m) batch; None
+            for the mean of all batches so far.
+        epsilon: Added to the variance inside the square root.
+        use_scale: Whether the result is multiplied by a trained scale.
+        use_bias: Whether a trained bias is added.
+        ddof: 0 to track the biased variance, 1 for the unbiased one.
+        debias: Whether the running statistics forget their initial value from the first
+            batch on, instead of at the rate of the momentum.
+        dtype: The dtype of the result; None for that of x.
+        param_dtype: The dtype of scale and bias. The running statistics have it too, but
+            at least float32.
+
+    Raises:
+        TypeError: A hyperparameter is of the wrong type.
+        ValueError: A hyperparameter is out of its range.
+
+    References:
+        Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by
+        Reducing Internal Covariate Shift", 2015.
+
+    Differs from Flax in the dtype of the result, which is x's unless asked otherwise,
+    and in what the numerics page lists. Differs from PyTorch in `momentum`, which is one
+    minus PyTorch's, and `ddof`, which is 1 there.
+    """
+
+    feature_axes: Axes = -1
+    momentum: float | None = 0.99
+    epsilon: float = 1e-5
+    use_scale: bool = True
+    use_bias: bool = True
+    ddof: int = 0
+    debias: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        # Canonical spellings, so that equal settings compare and hash as equal.
+        object.__setattr__(self, "feature_axes", as_axes(self.feature_axes))
+        object.__setattr__(self, "dtype", as_dtype(self.dtype))
+        object.__setattr__(self, "param_dtype", as_dtype(self.param_dtype))
+        if isinstance(self.momentum, jax.Array):
+            raise TypeError(
+                "BatchNorm.momentum must be a Python number, got an array. Pass a momentum "
+                "that changes from step to step to apply(..., momentum=...)."
+            )
+        check_momentum(self.momentum)
+        check_epsilon(self.epsilon)
+        check_ddof(self.ddof)
+        if self.debias and self.momentum is None:
+            raise ValueError(
+                "debias=True needs a momentum, got momentum=None, whose cumulative mean "
+                "forgets its initial value anyway. Drop one of the two."
+            )
+
+    def init(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        scale_init: Initializer = initializers.ones,
+        bias_init: Initializer = initializers.zeros,
+        mean_init: Initializer = initializers.zeros,
+        var_init: Initializer = initializers.ones,
+        key: Key | None = None,
+    ) -> tuple[BatchNormParams, BatchStats]:
+        """Returns the params and the state before training.
+
+        Args:
+            num_features: The size of the feature axis; with several, a tuple of their
+                sizes in ascending order of axis.
+            scale_init: An initializer `(key, shape, dtype) -> array`, as `jax.nn` has
+                them; likewise the three others.
+            bias_init: The initializer of the bias.
+            mean_init: The initializer of the running mean.
+            var_init: The initializer of the running variance.
+            key: A key for initializers that draw random numbers.
+
+        Returns:
+            `(BatchNormParams, BatchStats)`.
+
+        Raises:
+            TypeError: num_features is not made of ints; an initializer needs a key.
+            ValueError: num_features is negative or fits no input with these feature_axes.
+        """
+        features = feature_sizes(num_features, self.feature_axes)
+        keys = (None,) * 4 if key is None else jax.random.split(key, 4)
+        stats_dtype = at_least_float32(self.param_dtype)
+        scale = draw(scale_init, keys[0], features, self.param_dtype)
+        bias = draw(bias_init, keys[1], features, self.param_dtype)
+        mean = draw(mean_init, keys[2], features, stats_dtype)
+        var = draw(var_init, keys[3], features, real_part(stats_dtype))
+        weight = jnp.zeros_like(var) if self._has_weight else None
+        params = BatchNormParams(
+            scale if self.use_scale else None, bias if self.use_bias else None
+        )
+        return params, BatchStats(mean, var, weight)
+
+    def apply(
+        self,
+        params: BatchNormParams,
+        state: BatchStats,
+        x: Array,
+        training: bool | Array,
+        *,
+        weights: Array | None = None,
+        momentum: float | Array | None = None,
+    ) -> tuple[Array, BatchStats]:
+        """Returns the normalized `x` and the state after it.
+
+        Inference returns the state unchanged, so a frozen layer is `training=False`; to
+        normalize with batch statistics without tracking them, drop the returned state.
+
+        A feature of which the batch holds nothing (an empty batch, or weights that are
+        all 0) is normalized with its running statistics. A feature that holds a single
+        value, or is constant, comes out as exactly the bias. A feature whose batch
+        statistics are not finite comes out so, and keeps its state.
+
+        Args:
+            params: As `init` returned them, or trained since.
+            state: As `init` or the last call returned it.
+            x: Floating or complex, of rank 2 or more.
+            training: A Python bool, or a traced or concrete boolean scalar, for which one
+                compiled program serves both modes.
+            weights: None, or a boolean mask or non-negative sample weights: of x's rank
+                and broadcastable to x, or of lower rank and aligned from the left with
+                the axes that are averaged over: (N,) weighs rows, (N, T) or (N, H, W)
+                positions. They act on the statistics; all of x is normalized. What has
+                weight 0 may hold NaN or infinity, and is read as 0 there.
+            momentum: Overrides the momentum of the layer, for schedules; may be traced.
+
+        Returns:
+            `(y, state)`: an array of the shape of x, in `dtype` or x's dtype, and a state
+            of the structure, shapes and dtypes of the one passed in.
+
+        Raises:
+            TypeError: x is not floating or complex; training is not a boolean; params or
+                state are not of the types that `init` returns; x is complex and the state
+                real.
+            ValueError: The features of x, params and state differ, or x has no axis to
+                average over; weights do not fit x; momentum lies outside [0, 1].
+        """
+        x = as_float(x)
+        axes = reduction_axes(self.feature_axes, x.shape)
+        check_values(
+            params,
+            state,
+            x,
+            self.feature_axes,
+            use_scale=self.use_scale,
+            use_bias=self.use_bias,
+            has_weight=self._has_weight,
+        )
+        mode, flag = split_mode(training)
+        if mode is not False:
+            check_real(state, x.dtype)
+        check_momentum(momentum)
+        weights = prepare_weights(weights, x, axes)
+        return _apply(self, mode, flag, params, state, x, weights, momentum)
+
+    @property
+    def _has_weight(self) -> bool:
+        return self.debias or self.momentum is None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+@jax.named_scope("jaxbn.BatchNorm")
+def _apply(bn, mode, flag, params, state, x, weights, momentum):
+    axes = reduction_axes(bn.feature_axes, x.shape)
+    x = hide_unweighted(x, weights)
+
+    def from_batch():
+        batch = batch_moments(x, weights, axes)
+        rate = bn.momentum if momentum is None else momentum
+        return *where_seen(batch, state), tracked(state, batch, rate, bn.ddof)
+
+    def from_state():
+        return state.mean, state.var, state
+
+    mean, var, state = choose(mode, flag, from_batch, from_state)
+    scale, bias = params
+    return affine_map(x, mean, var, scale, bias, axes, bn.epsilon, bn.dtype), state

@@ -1,0 +1,53 @@
+"""In which precision things are computed, and what may be computed with at all."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._typing import Array, DTypeLike
+
+
+def as_dtype(dtype: DTypeLike | None) -> jnp.dtype | None:
+    """Returns `dtype` in the one spelling that compares and hashes, or None."""
+    if dtype is None:
+        return None
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"a normalized array must be floating or complex, got dtype {dtype}. Use "
+            "jnp.float32, jnp.bfloat16 or the like."
+        )
+    return dtype
+
+
+def as_float(x: Array) -> Array:
+    """Returns `x` as an array, or explains that it must be floating or complex."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"x must be floating or complex, got {x.dtype} of shape {x.shape}. Convert it "
+            "first, e.g. x.astype(jnp.float32)."
+        )
+    return x
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype in which sums over elements of `dtype` are accumulated."""
+    return widest(dtype, jnp.float32)
+
+
+def widest(*dtypes: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype that holds all of `dtypes`, also under strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def real_part(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype of the real part of numbers of `dtype`."""
+    return jnp.finfo(dtype).dtype
+
+
+def upcast(x: Array) -> Array:
+    """Returns `x` in the dtype in which its sums are accumulated."""
+    return x.astype(at_least_float32(x.dtype))

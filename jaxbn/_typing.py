@@ -1,0 +1,18 @@
+"""The types that signatures share."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+
+Array: TypeAlias = jax.Array
+Axes: TypeAlias = int | tuple[int, ...]
+Shape: TypeAlias = tuple[int, ...]
+DTypeLike: TypeAlias = Any  # what jnp.dtype accepts; jax.typing names no public alias
+Key: TypeAlias = jax.Array
+Initializer: TypeAlias = Callable[[Any, Shape, Any], jax.Array]
+
+
+def is_traced(value: object) -> bool:
+    """Tells whether the values of an array are unknown because it is being traced."""
+    return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,84 @@
+"""The public surface: what it holds, how it is called, and that it is documented."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import jaxbn
+
+PUBLIC = {
+    "BatchNorm": "(*, feature_axes, momentum, epsilon, use_scale, use_bias, ddof, debias, "
+    "dtype, param_dtype)",
+    "BatchNormParams": "(scale, bias)",
+    "BatchStats": "(mean, var, weight)",
+    "Moments": "(mean, var, count)",
+    "Normalizer": "(*args, **kwargs)",
+    "apply": "(params, state, x, training, normalizer, **options)",
+    "init": "(num_features, normalizer, **options)",
+    "merge_moments": "(a, b)",
+    "moments": "(x, *, feature_axes, weights)",
+    "normalize": "(x, mean, var, scale, bias, *, feature_axes, epsilon, dtype)",
+    "update_running": "(state, batch, *, momentum, ddof)",
+}
+METHODS = {
+    "BatchNorm.init": "(self, num_features, *, scale_init, bias_init, mean_init, var_init, "
+    "key)",
+    "BatchNorm.apply": "(self, params, state, x, training, *, weights, momentum)",
+}
+
+
+def names_of(signature):
+    bare = [
+        parameter.replace(default=parameter.empty, annotation=parameter.empty)
+        for parameter in signature.parameters.values()
+    ]
+    return str(signature.replace(parameters=bare, return_annotation=signature.empty))
+
+
+def test_the_public_names_are_these():
+    public = {name for name in vars(jaxbn) if not name.startswith("_")}
+    assert public == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *METHODS])
+def test_signatures_are_kept(name):
+    owner = jaxbn
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    assert names_of(inspect.signature(owner)) == {**PUBLIC, **METHODS}[name]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_documented_with_an_example_that_runs(name):
+    # The examples themselves are run by --doctest-modules.
+    docstring = inspect.getdoc(getattr(jaxbn, name))
+    assert "Example:\n" in docstring
+    assert ">>> " in docstring
+    if inspect.isfunction(getattr(jaxbn, name)):
+        for section in ("Args:\n", "Returns:\n", "Raises:\n"):
+            assert section in docstring, section
+
+
+def test_importing_the_core_loads_neither_flax_nor_optax():
+    code = "import sys, jaxbn; print({'flax', 'optax', 'torch'} & set(sys.modules))"
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert output.stdout.strip() == "set()"
+
+
+def test_the_free_functions_take_any_normalizer_last():
+    bn = jaxbn.BatchNorm(use_bias=False, feature_axes=1)
+    params, state = jaxbn.init(3, bn)
+    assert params.bias is None
+    x = jaxbn.init(6)[1].var.reshape(2, 3)
+    y, after = jaxbn.apply(params, state, x, True, bn)
+    want, _ = bn.apply(params, state, x, True)
+    assert (y == want).all()
+    assert after.mean.shape == (3,)

@@ -1,0 +1,143 @@
+"""Every wrong argument gets one sentence of fact and one of remedy, before any work."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+
+BN = jaxbn.BatchNorm()
+PARAMS, STATE = BN.init(3)
+X = jnp.ones((4, 3))
+
+
+def apply(x=X, training=True, params=PARAMS, state=STATE, bn=BN, **options):
+    return bn.apply(params, state, x, training, **options)
+
+
+# What a user may get wrong: the call, the error, what it says is wrong, and the remedy.
+MISTAKES = {
+    "feature_count": (lambda: apply(jnp.ones((4, 5))), ValueError, r"\(3,\)", "init"),
+    "rank_1": (lambda: apply(jnp.ones(3)), ValueError, r"\(3,\)", r"x\[None\]"),
+    "rank_0": (lambda: apply(jnp.ones(())), ValueError, "rank 0", "feature_axes"),
+    "integer_x": (lambda: apply(jnp.ones((4, 3), int)), TypeError, "int32", "astype"),
+    "complex_x": (
+        lambda: apply(jnp.ones((4, 3), jnp.complex64)), TypeError, "complex64", "param_dtype",
+    ),
+    "axis_out_of_range": (
+        lambda: apply(bn=jaxbn.BatchNorm(feature_axes=2)), ValueError, "axis 2", "within",
+    ),
+    "axis_twice": (
+        lambda: apply(bn=jaxbn.BatchNorm(feature_axes=(1, -1))), ValueError, "twice", "once",
+    ),
+    "axis_float": (lambda: jaxbn.BatchNorm(feature_axes=1.0), TypeError, "1.0", "channels"),
+    "axis_text": (lambda: jaxbn.BatchNorm(feature_axes="C"), TypeError, "'C'", "channels"),
+    "momentum_above": (lambda: jaxbn.BatchNorm(momentum=1.5), ValueError, "1.5", "PyTorch"),
+    "momentum_below": (lambda: jaxbn.BatchNorm(momentum=-0.1), ValueError, "-0.1", "PyTorch"),
+    "momentum_nan": (lambda: jaxbn.BatchNorm(momentum=np.nan), ValueError, "nan", "PyTorch"),
+    "momentum_text": (lambda: jaxbn.BatchNorm(momentum="0.9"), TypeError, "'0.9'", "number"),
+    "momentum_array": (
+        lambda: jaxbn.BatchNorm(momentum=jnp.array(0.9)), TypeError, "array", r"apply\(",
+    ),
+    "momentum_override": (lambda: apply(momentum=2.0), ValueError, "2.0", "PyTorch"),
+    "momentum_vector": (lambda: apply(momentum=jnp.ones(3)), TypeError, "scalar", "schedule"),
+    "epsilon_zero": (lambda: jaxbn.BatchNorm(epsilon=0.0), ValueError, "got 0.0", "1e-5"),
+    "epsilon_negative": (lambda: jaxbn.BatchNorm(epsilon=-1e-5), ValueError, "-1e-05", "1e-5"),
+    "epsilon_nan": (lambda: jaxbn.BatchNorm(epsilon=np.nan), ValueError, "nan", "1e-5"),
+    "ddof_negative": (lambda: jaxbn.BatchNorm(ddof=-1), ValueError, "-1", "0 or 1"),
+    "ddof_float": (lambda: jaxbn.BatchNorm(ddof=0.5), TypeError, "0.5", "PyTorch"),
+    "dtype_int": (lambda: jaxbn.BatchNorm(dtype=int), TypeError, "int", "float32"),
+    "debias_cumulative": (
+        lambda: jaxbn.BatchNorm(momentum=None, debias=True), ValueError, "momentum=None", "Drop",
+    ),
+    "weights_shape": (
+        lambda: apply(weights=jnp.ones(5)), ValueError, r"\(5,\).*\(4, 3\)", "broadcasts",
+    ),
+    "weights_rank": (
+        lambda: apply(weights=jnp.ones((4, 3, 1))), ValueError, r"\(4, 3, 1\)", "broadcasts",
+    ),
+    "weights_negative": (
+        lambda: apply(weights=jnp.array([1.0, -2.0, 1, 1])), ValueError, "-2.0", "weight 0",
+    ),
+    "weights_nan": (
+        lambda: apply(weights=jnp.array([1.0, np.nan, 1, 1])), ValueError, "nan", "weight 0",
+    ),
+    "weights_complex": (
+        lambda: apply(weights=jnp.ones(4, jnp.complex64)), TypeError, "complex64", "magnitude",
+    ),
+    "params_of_another": (
+        lambda: apply(bn=jaxbn.BatchNorm(use_bias=False)), ValueError, "params.bias", "init",
+    ),
+    "params_missing": (
+        lambda: apply(params=PARAMS._replace(scale=None)), ValueError, "params.scale", "init",
+    ),
+    "params_dict": (
+        lambda: apply(params={"scale": X[0]}), TypeError, "dict", "BatchNormParams",
+    ),
+    "params_and_state_swapped": (
+        lambda: apply(params=STATE, state=PARAMS), TypeError, "BatchStats", "init",
+    ),
+    "state_of_another": (
+        lambda: apply(bn=jaxbn.BatchNorm(debias=True)), ValueError, "state.weight", "init",
+    ),
+    "training_vector": (lambda: apply(training=jnp.ones(1, bool)), TypeError, r"\(1,\)", "False"),
+    "training_int": (lambda: apply(training=1), TypeError, "got 1", "False"),
+    "training_float": (lambda: apply(training=jnp.ones(())), TypeError, "float32", "False"),
+    "training_none": (lambda: apply(training=None), TypeError, "None", "False"),
+    "features_float": (lambda: BN.init(3.0), TypeError, "3.0", r"x.shape\[-1\]"),
+    "features_shape": (lambda: BN.init((4, 3)), ValueError, r"\(4, 3\)", "one for each"),
+    "features_negative": (lambda: BN.init(-3), ValueError, "-3", "non-negative"),
+    "initializer_needs_key": (
+        lambda: BN.init(3, scale_init=jax.nn.initializers.normal()), TypeError, "key", "key=",
+    ),
+    "initializer_shape": (
+        lambda: BN.init(3, scale_init=lambda *_: jnp.ones(2)), ValueError, r"\(2,\)", "shape",
+    ),
+    "normalize_shape": (
+        lambda: jaxbn.normalize(X, X[0], X[0, :2]), ValueError, r"var.*\(2,\)", "feature_axes",
+    ),
+    "normalize_epsilon": (
+        lambda: jaxbn.normalize(X, X[0], X[0], epsilon=0), ValueError, "got 0", "1e-5",
+    ),
+    "merge_shapes": (
+        lambda: jaxbn.merge_moments(jaxbn.moments(X), jaxbn.moments(X[:, :2])),
+        ValueError, r"\(3,\).*\(2,\)", "same features",
+    ),
+    "update_shapes": (
+        lambda: jaxbn.update_running(STATE, jaxbn.moments(X[:, :2])),
+        ValueError, r"\(3,\).*\(2,\)", "belongs",
+    ),
+    "update_cumulative": (
+        lambda: jaxbn.update_running(STATE, jaxbn.moments(X), momentum=None),
+        ValueError, "weight", "momentum=None",
+    ),
+    "misspelt_field": (lambda: jaxbn.BatchNorm(momentun=0.9), TypeError, "momentun", ""),
+    "misspelt_option": (lambda: apply(weigths=None), TypeError, "weigths", ""),
+    "misspelt_option_of_function": (
+        lambda: jaxbn.apply(PARAMS, STATE, X, True, BN, weigths=None), TypeError, "weigths", "",
+    ),
+    "misspelt_init": (lambda: jaxbn.init(3, scale=jnp.ones), TypeError, "scale", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_a_fact_and_a_remedy(mistake):
+    call, error, fact, remedy = MISTAKES[mistake]
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert re.search(fact, message, re.DOTALL), message
+    assert re.search(remedy, message), message
+    if remedy:
+        assert message.count(". ") >= 1, message
+        assert message.endswith((".", "?")), message
+
+
+def test_a_mistake_inside_jit_is_found_while_tracing():
+    with pytest.raises(ValueError, match="x of shape"):
+        jax.jit(lambda x: apply(x))(jnp.ones((4, 5)))
+    with pytest.raises(TypeError, match="boolean scalar"):
+        jax.jit(lambda flag: apply(training=flag))(jnp.ones(2, bool))

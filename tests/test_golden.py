@@ -1,0 +1,40 @@
+"""Recorded cases of the real systems and of float64 truth; `--golden DIR` runs others.
+
+A case is named `system-case`, so that `-k truth` selects a system. How a case of a system
+is run is told in `tests/golden_<system>.py`, by a function `run(case)`.
+"""
+
+import json
+
+from tests import golden_truth
+from tests.golden_case import Case
+
+RUNNERS = {"truth": golden_truth.run}
+# Systems whose cases wait for the part of the library that speaks their language.
+WAITING = ("tf1", "torch", "linen", "nnx", "haiku", "eqx", "keras")
+
+
+def pytest_generate_tests(metafunc):
+    folder = metafunc.config.getoption("--golden")
+    observed_file = folder / "observed_error.json"
+    observed = (
+        json.loads(observed_file.read_text())["cases"] if observed_file.exists() else {}
+    )
+    cases = [
+        Case(folder, meta, observed)
+        for meta in json.loads((folder / "manifest.json").read_text())["cases"]
+    ]
+    if "case" in metafunc.fixturenames:
+        runnable = [case for case in cases if case.system not in WAITING]
+        metafunc.parametrize("case", runnable, ids=str)
+    if "systems" in metafunc.fixturenames:
+        metafunc.parametrize("systems", [{case.system for case in cases}], ids=["all"])
+
+
+def test_case(case):
+    assert case.system in RUNNERS, f"no runner for the system {case.system!r}"
+    RUNNERS[case.system](case)
+
+
+def test_every_system_is_known(systems):
+    assert systems <= {*RUNNERS, *WAITING}

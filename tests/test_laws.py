@@ -1,0 +1,244 @@
+"""Laws that hold for every normalizer in every execution mode."""
+
+import dataclasses
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+from tests import oracle
+from tests.modes import MODES
+
+# Each normalizer with the shape of one batch and the shape of its weights, or None.
+CASES = {
+    "default": (jaxbn.BatchNorm(), (6, 3), None),
+    "channels_first": (jaxbn.BatchNorm(feature_axes=1, momentum=0.7), (4, 3, 2, 2), None),
+    "two_axes": (jaxbn.BatchNorm(feature_axes=(-1, 1), momentum=0.7), (4, 3, 2, 2), None),
+    "bare": (jaxbn.BatchNorm(use_scale=False, use_bias=False), (2, 3, 2), None),
+    "no_bias": (jaxbn.BatchNorm(use_bias=False, epsilon=0.1), (2, 2, 3, 2), None),
+    "unbiased": (jaxbn.BatchNorm(ddof=1, momentum=0.5), (4, 3), None),
+    "debiased": (jaxbn.BatchNorm(debias=True, momentum=0.9), (4, 3), None),
+    "cumulative": (jaxbn.BatchNorm(momentum=None, ddof=1), (4, 3), None),
+    "row_weights": (jaxbn.BatchNorm(momentum=0.7), (5, 3, 2), (5,)),
+    "position_weights": (jaxbn.BatchNorm(feature_axes=1, ddof=1), (3, 2, 3), (3, 3)),
+    "element_weights": (jaxbn.BatchNorm(momentum=0.7), (6, 3), (6, 3)),
+}
+STEPS = 3
+
+
+def draw(shape, weights_shape, seed=0, dtype=np.float32):
+    """Returns inputs and weights for some steps; what has weight 0 is NaN or infinite."""
+    rng = np.random.default_rng(seed)
+    xs = (rng.normal(size=(STEPS, *shape)) * 2 + 3).astype(dtype)
+    if weights_shape is None:
+        return xs, None
+    weights = rng.choice([0.0, 0.5, 1.0, 3.0], size=(STEPS, *weights_shape))
+    weights[:, 0] = 1.0
+    return xs, weights.astype(np.float32)
+
+
+def poison(normalizer, xs, weights):
+    """Hides NaN and infinity where the weight is 0."""
+    if weights is None:
+        return xs
+    axes = oracle.reduced(xs[0], normalizer.feature_axes)
+    zero = np.stack(
+        [oracle.align(w, x, axes) == 0 for w, x in zip(weights, xs, strict=True)]
+    )
+    assert zero.any()
+    bad = np.where(np.arange(zero.size).reshape(zero.shape) % 2, np.nan, np.inf)
+    return np.where(zero, bad, xs).astype(xs.dtype)
+
+
+def start(normalizer, shape):
+    """Returns params away from 1 and 0, and the initial state."""
+    features = tuple(
+        np.delete(shape, oracle.reduced(np.zeros(shape), normalizer.feature_axes))
+    )
+    features = tuple(int(size) for size in features)
+    params, state = normalizer.init(features if len(features) > 1 else features[0])
+    count = int(np.prod(features))
+    moved = np.linspace(0.5, 1.5, count, dtype=np.float32).reshape(features)
+    return jax.tree.map(lambda leaf: leaf + moved.astype(leaf.dtype), params), state
+
+
+def expected(normalizer, params, state, xs, weights):
+    params, state = oracle.tree(params), oracle.tree(state)
+    ys = []
+    for i, x in enumerate(xs.astype(np.float64)):
+        y, state = oracle.apply(
+            normalizer, params, state, x, True, None if weights is None else weights[i]
+        )
+        ys.append(y)
+    return np.stack(ys), state
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_oracle(case, mode):
+    normalizer, shape, weights_shape = CASES[case]
+    xs, weights = draw(shape, weights_shape)
+    xs = poison(normalizer, xs, weights)
+    params, state = start(normalizer, shape)
+    ys, after = MODES[mode](normalizer, params, state, jnp.asarray(xs), weights)
+    want_ys, want = expected(normalizer, params, state, xs, weights)
+    np.testing.assert_allclose(ys, want_ys, rtol=2e-5, atol=2e-5)
+    for name, value in after._asdict().items():
+        if want[name] is None:
+            assert value is None
+        else:
+            np.testing.assert_allclose(value, want[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_finite_differences(case, mode):
+    normalizer, shape, weights_shape = CASES[case]
+    xs, weights = draw(shape, weights_shape, seed=1)
+    params, state = start(normalizer, shape)
+    cotangent = np.random.default_rng(2).normal(size=xs.shape).astype(np.float32)
+
+    def loss(params, xs):
+        ys, _ = MODES[mode](normalizer, params, state, xs, weights)
+        return (ys * cotangent).sum()
+
+    def true_loss(values):
+        values, wide = dict(values), oracle.tree(state)
+        ys = []
+        for i, x in enumerate(values.pop("xs")):
+            y, wide = oracle.apply(
+                normalizer, values, wide, x, True, None if weights is None else weights[i]
+            )
+            ys.append(y)
+        return (np.stack(ys) * cotangent).sum()
+
+    by_params, by_xs = jax.grad(loss, (0, 1))(params, jnp.asarray(xs))
+    want = oracle.gradient(true_loss, {**oracle.tree(params), "xs": xs.astype(np.float64)})
+    np.testing.assert_allclose(by_xs, want["xs"], rtol=1e-4, atol=1e-5)
+    for name, value in by_params._asdict().items():
+        if value is not None:
+            np.testing.assert_allclose(value, want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hidden_nan_reaches_no_gradient(case):
+    normalizer, shape, weights_shape = CASES[case]
+    xs, weights = draw(shape, weights_shape)
+    if weights is None:
+        weights = np.ones((STEPS, shape[0]), np.float32)
+        weights[:, 1] = 0
+    params, state = start(normalizer, shape)
+    x, hidden = xs[0], poison(normalizer, xs, weights)[0]
+    finite = np.isfinite(hidden)
+    cotangent = np.where(finite, np.cos(x), 0)
+
+    def loss(params, x):
+        return (
+            normalizer.apply(params, state, x, True, weights=weights[0])[0] * cotangent
+        ).sum()
+
+    clean, hiding = (
+        jax.grad(loss, (0, 1))(params, jnp.asarray(value)) for value in (x, hidden)
+    )
+    jax.tree.map(np.testing.assert_array_equal, clean[0], hiding[0])
+    np.testing.assert_array_equal(np.where(finite, clean[1], 0), hiding[1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_second_derivatives_equal_finite_differences(case, training, x64):
+    """Forward over reverse and reverse over reverse, in float64."""
+    normalizer, shape, weights_shape = CASES[case]
+    normalizer = dataclasses.replace(normalizer, param_dtype="float64")
+    xs, weights = draw(shape, weights_shape, dtype=np.float64)
+    params, state = start(normalizer, shape)
+    options = {} if weights is None else {"weights": weights[0]}
+
+    def loss(params, x):
+        return jnp.sin(normalizer.apply(params, state, x, training, **options)[0]).sum()
+
+    gradient = jax.jit(jax.grad(loss, 1))
+    x, direction = jnp.asarray(xs[0]), jnp.cos(jnp.asarray(xs[0]))
+    moved = (gradient(params, x + h * direction) for h in (1e-5, -1e-5))
+    want = (next(moved) - next(moved)) / 2e-5
+    by_forward = jax.jvp(lambda x: gradient(params, x), (x,), (direction,))[1]
+    by_reverse = jax.grad(lambda x: (gradient(params, x) * direction).sum())(x)
+    np.testing.assert_allclose(by_forward, want, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(by_reverse, want, rtol=1e-6, atol=1e-7)
+    forward, reverse = (
+        jacobian(loss, (0, 1))(params, x) for jacobian in (jax.jacfwd, jax.grad)
+    )
+    jax.tree.map(lambda f, r: np.testing.assert_allclose(f, r, rtol=1e-9), forward, reverse)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("case", CASES)
+def test_dtypes_and_structure_never_change(case, dtype, x64):
+    normalizer, shape, weights_shape = CASES[case]
+    xs, weights = draw(shape, weights_shape)
+    params, state = start(normalizer, shape)
+    xs = jnp.asarray(xs).astype(dtype)
+    kinds = lambda tree: jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree
+    )
+    for training in (True, False, jnp.array(True)):
+        options = {} if weights is None else {"weights": jnp.asarray(weights[0])}
+        y, after = normalizer.apply(params, state, xs[0], training, **options)
+        assert y.dtype == dtype
+        assert kinds(after) == kinds(state)
+        wide = dataclasses.replace(normalizer, dtype="float32")
+        assert wide.apply(params, state, xs[0], training, **options)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rebuilding_an_equal_value_does_not_retrace(case):
+    normalizer, shape, weights_shape = CASES[case]
+    xs, _ = draw(shape, weights_shape)
+    params, state = start(normalizer, shape)
+    traces = []
+
+    @jax.jit
+    def step(normalizer, params, state, x):
+        traces.append(x.shape)
+        return normalizer.apply(params, state, x, True)
+
+    for x in xs:
+        rebuilt = dataclasses.replace(normalizer)
+        assert rebuilt == normalizer
+        assert hash(rebuilt) == hash(normalizer)
+        assert pickle.loads(pickle.dumps(rebuilt)) == normalizer
+        assert eval(repr(rebuilt), {"dtype": np.dtype, **vars(jaxbn)}) == normalizer
+        _, state = step(rebuilt, params, state, x)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inference_returns_the_state_itself_and_uses_it(case):
+    normalizer, shape, weights_shape = CASES[case]
+    xs, weights = draw(shape, weights_shape)
+    params, state = start(normalizer, shape)
+    _, state = MODES["eager"](normalizer, params, state, jnp.asarray(xs), weights)
+    for training in (False, jnp.array(False)):
+        y, after = normalizer.apply(params, state, jnp.asarray(xs[0]), training)
+        jax.tree.map(np.testing.assert_array_equal, after, state)
+        want, _ = oracle.apply(
+            normalizer, oracle.tree(params), oracle.tree(state), xs[0], False
+        )
+        np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_gradient_flows_into_the_state(case):
+    normalizer, shape, weights_shape = CASES[case]
+    xs, _ = draw(shape, weights_shape)
+    params, state = start(normalizer, shape)
+
+    def tracked(x, mean):
+        _, after = normalizer.apply(params, state._replace(mean=mean), x, True)
+        return sum(leaf.sum() for leaf in jax.tree.leaves(after))
+
+    for gradient in jax.grad(tracked, (0, 1))(jnp.asarray(xs[0]), state.mean):
+        assert not gradient.any()
