@@ -25,16 +25,16 @@ class Normalizer(Protocol):
         >>> import jax.numpy as jnp, jaxbn
         >>> class Center:
         ...     def init(self, num_features):
-        ...         return None, jnp.zeros(num_features)
+        ...         return None, jnp.zeros((1, num_features))
         ...
         ...     def apply(self, params, state, x, training):
-        ...         mean = x.mean(0) if training else state
+        ...         mean = x.mean(0, keepdims=True) if training else state
         ...         return x - mean, 0.9 * state + 0.1 * mean if training else state
         ...
         >>> params, state = jaxbn.init(1, Center())
         >>> x = jnp.array([[1.0], [3.0]])
         >>> y, state = jaxbn.apply(params, state, x, True, Center())
-        >>> print(y.ravel(), state)
+        >>> print(y.ravel(), state.ravel())
         [-1.  1.] [0.2]
     """
 
