@@ -8,13 +8,21 @@ Example:
 """
 
 from jaxbn._batch_norm import BatchNorm as BatchNorm
+from jaxbn._dropout import dropout as dropout
+from jaxbn._ema import Ema as Ema
+from jaxbn._ema import EmaState as EmaState
 from jaxbn._functions import apply as apply
 from jaxbn._functions import init as init
+from jaxbn._ghost import GhostBatchNorm as GhostBatchNorm
 from jaxbn._moments import Moments as Moments
 from jaxbn._moments import merge_moments as merge_moments
 from jaxbn._moments import moments as moments
 from jaxbn._normalize import normalize as normalize
 from jaxbn._normalizer import Normalizer as Normalizer
+from jaxbn._renorm import BatchRenorm as BatchRenorm
+from jaxbn._renorm import RenormStats as RenormStats
+from jaxbn._renorm_limits import RenormLimits as RenormLimits
+from jaxbn._renorm_limits import renorm_limits as renorm_limits
 from jaxbn._running import update_running as update_running
 from jaxbn._state import BatchNormParams as BatchNormParams
 from jaxbn._state import BatchStats as BatchStats

@@ -1,21 +1,21 @@
 """The layer: a value of hyperparameters with two pure functions, `init` and `apply`."""
 
 import dataclasses
-import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from jaxbn._axes import as_axes, feature_sizes, reduction_axes
-from jaxbn._dtypes import as_dtype, as_float, at_least_float32, real_part
-from jaxbn._moments import batch_moments
-from jaxbn._normalize import affine_map, check_epsilon
-from jaxbn._normalizer import check_values, choose, split_mode, where_seen
+from jaxbn._apply import apply_layer
+from jaxbn._axes import as_axes, feature_sizes
+from jaxbn._dtypes import as_dtype, at_least_float32, real_part
+from jaxbn._moments import Moments
+from jaxbn._normalize import check_epsilon
 from jaxbn._running import check_ddof, check_momentum, check_real, tracked
 from jaxbn._state import BatchNormParams, BatchStats, draw
-from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Key
-from jaxbn._weights import hide_unweighted, prepare_weights
+from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Key, Pair
 
 
 @jax.tree_util.register_static
@@ -49,6 +49,7 @@ class BatchNorm:
         ddof: 0 to track the biased variance, 1 for the unbiased one.
         debias: Whether the running statistics forget their initial value from the first
             batch on, instead of at the rate of the momentum.
+        activation: Applied last, such as `jax.nn.relu`; None for none.
         dtype: The dtype of the result; None for that of x.
         param_dtype: The dtype of scale and bias. The running statistics have it too, but
             at least float32.
@@ -73,6 +74,7 @@ class BatchNorm:
     use_bias: bool = True
     ddof: int = 0
     debias: bool = False
+    activation: Callable[[Array], Array] | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
@@ -89,6 +91,11 @@ class BatchNorm:
         check_momentum(self.momentum)
         check_epsilon(self.epsilon)
         check_ddof(self.ddof)
+        if self.activation is not None and not callable(self.activation):
+            raise TypeError(
+                f"activation must be a function of an array, got {self.activation!r}. Pass "
+                "jax.nn.relu or the like, or None."
+            )
         if self.debias and self.momentum is None:
             raise ValueError(
                 "debias=True needs a momentum, got momentum=None, whose cumulative mean "
@@ -145,6 +152,8 @@ class BatchNorm:
         training: bool | Array,
         *,
         weights: Array | None = None,
+        residual: Array | None = None,
+        adjustment: Pair | None = None,
         momentum: float | Array | None = None,
     ) -> tuple[Array, BatchStats]:
         """Returns the normalized `x` and the state after it.
@@ -168,6 +177,10 @@ class BatchNorm:
                 the axes that are averaged over: (N,) weighs rows, (N, T) or (N, H, W)
                 positions. They act on the statistics; all of x is normalized. What has
                 weight 0 may hold NaN or infinity, and is read as 0 there.
+            residual: Added to the result before the activation; of the shape of x.
+            adjustment: A pair (s, o) of arrays, each of the shape of the features or of
+                x's rank and broadcastable to x, for noise that the caller draws: in
+                training, the normalized x becomes s x + o before scale and bias.
             momentum: Overrides the momentum of the layer, for schedules; may be traced.
 
         Returns:
@@ -181,43 +194,39 @@ class BatchNorm:
             ValueError: The features of x, params and state differ, or x has no axis to
                 average over; weights do not fit x; momentum lies outside [0, 1].
         """
-        x = as_float(x)
-        axes = reduction_axes(self.feature_axes, x.shape)
-        check_values(
+        return apply_layer(
+            self,
             params,
             state,
             x,
-            self.feature_axes,
-            use_scale=self.use_scale,
-            use_bias=self.use_bias,
-            has_weight=self._has_weight,
+            training,
+            weights=weights,
+            residual=residual,
+            adjustment=adjustment,
+            momentum=momentum,
         )
-        mode, flag = split_mode(training)
-        if mode is not False:
+
+    # The rest is what `apply_layer` asks of a layer.
+
+    def _settings(self) -> "BatchNorm":
+        return self
+
+    def _params_fields(self) -> tuple[type, set[str]]:
+        used = {"scale": self.use_scale, "bias": self.use_bias}
+        return BatchNormParams, {name for name, use in used.items() if not use}
+
+    def _stats_fields(self) -> tuple[type, set[str]]:
+        return BatchStats, set() if self._has_weight else {"weight"}
+
+    def _check(self, state: BatchStats, x: Array, tracks: bool, *, momentum: Any = None):
+        if tracks:
             check_real(state, x.dtype)
         check_momentum(momentum)
-        weights = prepare_weights(weights, x, axes)
-        return _apply(self, mode, flag, params, state, x, weights, momentum)
+
+    def _track(self, batch: Moments, state: BatchStats, *, momentum: Any = None):
+        rate = self.momentum if momentum is None else momentum
+        return None, tracked(state, batch, rate, self.ddof)
 
     @property
     def _has_weight(self) -> bool:
         return self.debias or self.momentum is None
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-@jax.named_scope("jaxbn.BatchNorm")
-def _apply(bn, mode, flag, params, state, x, weights, momentum):
-    axes = reduction_axes(bn.feature_axes, x.shape)
-    x = hide_unweighted(x, weights)
-
-    def from_batch():
-        batch = batch_moments(x, weights, axes)
-        rate = bn.momentum if momentum is None else momentum
-        return *where_seen(batch, state), tracked(state, batch, rate, bn.ddof)
-
-    def from_state():
-        return state.mean, state.var, state
-
-    mean, var, state = choose(mode, flag, from_batch, from_state)
-    scale, bias = params
-    return affine_map(x, mean, var, scale, bias, axes, bn.epsilon, bn.dtype), state

@@ -171,6 +171,15 @@ def _divisor(count: Array) -> Array:
     return jnp.where(count > 0, count, jnp.ones_like(count))
 
 
+def pool_moments(parts: Moments) -> Moments:
+    """Returns the moments of all batches whose moments lie along the first axis."""
+    count = parts.count.sum(0)
+    share = parts.count / _divisor(count)[None]
+    mean = (share.astype(parts.mean.dtype) * parts.mean).sum(0)
+    apart = jnp.square(jnp.abs(parts.mean - mean[None]))
+    return Moments(mean, (share * (parts.var + apart)).sum(0), count)
+
+
 def merge_moments(a: Moments, b: Moments) -> Moments:
     r"""Returns the moments of two batches taken as one.
 

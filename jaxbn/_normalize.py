@@ -74,7 +74,11 @@ def normalize(
                 f"{name} must have the shape {features} of the features of x, whose shape "
                 f"is {x.shape}, got {jnp.shape(array)}. Check feature_axes={feature_axes}."
             )
-    return affine_map(x, mean, var, scale, bias, axes, epsilon, as_dtype(dtype))
+    wide = {
+        name: None if array is None else expand(jnp.asarray(array), axes)
+        for name, array in arrays.items()
+    }
+    return affine_map(x, **wide, epsilon=epsilon, dtype=as_dtype(dtype))
 
 
 def check_epsilon(epsilon: float) -> None:
@@ -86,41 +90,38 @@ def check_epsilon(epsilon: float) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7), inline=True)
+@functools.partial(jax.jit, static_argnames=("epsilon", "dtype"), inline=True)
 def affine_map(
     x: Array,
     mean: Array,
     var: Array,
     scale: Array | None,
     bias: Array | None,
-    axes: tuple[int, ...],
     epsilon: float,
     dtype: DTypeLike | None,
 ) -> Array:
-    """Returns `normalize` of checked arguments, for statistics reduced over `axes`."""
-    present = [jnp.asarray(array) for array in (mean, scale, bias) if array is not None]
+    """Returns `normalize` of checked arguments, each of x's rank and broadcast to x."""
+    present = [array for array in (mean, scale, bias) if array is not None]
     wide = widest(upcast(x).dtype, *(array.dtype for array in present))
     if dtype is None:
         dtype = wide if jnp.issubdtype(wide, jnp.complexfloating) else x.dtype
     scale, bias = (None if array is None else array.astype(wide) for array in (scale, bias))
-    var = var.astype(real_part(wide))
-    return _affine(x, mean.astype(wide), var, scale, bias, axes, epsilon, dtype)
+    return _affine(
+        x, mean.astype(wide), var.astype(real_part(wide)), scale, bias, epsilon, dtype
+    )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
-def _affine(x, mean, var, scale, bias, axes, epsilon, dtype):
-    slope = _slope(_inverse(var, epsilon), scale, mean.dtype)
-    y = (x.astype(mean.dtype) - expand(mean, axes)) * expand(slope, axes)
-    if bias is not None:
-        y = y + expand(bias, axes)
-    return y.astype(dtype)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def _affine(x, mean, var, scale, bias, epsilon, dtype):
+    y = (x.astype(mean.dtype) - mean) * _slope(_inverse(var, epsilon), scale, mean.dtype)
+    return (y if bias is None else y + bias).astype(dtype)
 
 
 @_affine.defjvp
-def _affine_jvp(axes, epsilon, dtype, primals, tangents):
+def _affine_jvp(epsilon, dtype, primals, tangents):
     x, mean, var, scale, bias = primals
     tx, tmean, tvar, tscale, tbias = tangents
-    y = _affine(x, mean, var, scale, bias, axes, epsilon, dtype)
+    y = _affine(x, mean, var, scale, bias, epsilon, dtype)
     inverse = _inverse(var, epsilon)
     slope = _slope(inverse, scale, mean.dtype)
     # Multiplied up one factor at a time: the cube of `inverse` underflows where `var` is
@@ -129,16 +130,15 @@ def _affine_jvp(axes, epsilon, dtype, primals, tangents):
     if tscale is not None:
         tslope = tslope + inverse.astype(mean.dtype) * tscale
     toffset = -slope * tmean if tbias is None else tbias - slope * tmean
-    return y, _affine_tangent(axes, dtype, x, mean, slope, tx, tslope, toffset)
+    return y, _affine_tangent(dtype, x, mean, slope, tx, tslope, toffset)
 
 
 # Checkpointed, so that the backward pass keeps x in its own dtype and centers it again,
 # instead of keeping the centered copy.
-@functools.partial(jax.checkpoint, static_argnums=(0, 1))
-def _affine_tangent(axes, dtype, x, mean, slope, tx, tslope, toffset):
-    centered = x.astype(mean.dtype) - expand(mean, axes)
-    ty = tx.astype(mean.dtype) * expand(slope, axes) + centered * expand(tslope, axes)
-    return (ty + expand(toffset, axes)).astype(dtype)
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _affine_tangent(dtype, x, mean, slope, tx, tslope, toffset):
+    centered = x.astype(mean.dtype) - mean
+    return (tx.astype(mean.dtype) * slope + centered * tslope + toffset).astype(dtype)
 
 
 def _inverse(var: Array, epsilon: float) -> Array:

@@ -1,18 +1,12 @@
-"""What normalizers share: the protocol, the checks of arguments, the two modes."""
+"""What normalizers share before any arithmetic: the protocol and the checks."""
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxbn._axes import feature_shape
-from jaxbn._dtypes import widest
-from jaxbn._moments import Moments
-from jaxbn._state import BatchNormParams, BatchStats
-from jaxbn._typing import Array, Axes
+from jaxbn._typing import Array, Shape
 
 
 class Normalizer(Protocol):
@@ -65,75 +59,57 @@ def split_mode(training: bool | Array) -> tuple[bool | None, Array | None]:
     )
 
 
-def choose(
-    mode: bool | None,
-    flag: Array | None,
-    from_batch: Callable[[], tuple[Array, Array, Any]],
-    from_state: Callable[[], tuple[Array, Array, Any]],
-) -> tuple[Array, Array, Any]:
-    """Returns the mean, the variance and the new state of the mode that holds."""
-    if mode is not None:
-        return from_batch() if mode else from_state()
-
-    # The branches of one program must agree in dtype, where the batch may be wider.
-    wide = [
-        widest(a.dtype, b.dtype)
-        for a, b in zip(
-            jax.eval_shape(from_batch)[:2], jax.eval_shape(from_state)[:2], strict=True
-        )
-    ]
-
-    def widened(branch):
-        mean, var, state = branch()
-        return mean.astype(wide[0]), var.astype(wide[1]), state
-
-    return lax.cond(flag, lambda: widened(from_batch), lambda: widened(from_state))
-
-
-def where_seen(batch: Moments, state: BatchStats) -> tuple[Array, Array]:
-    """Returns the statistics of `batch`, or the running ones of features it lacks."""
-    seen = batch.count > 0
-    mean = jnp.where(seen, batch.mean, state.mean.astype(batch.mean.dtype))
-    return mean, jnp.where(seen, batch.var, state.var.astype(batch.var.dtype))
-
-
-def check_values(
-    params: BatchNormParams,
-    state: BatchStats,
-    x: Array,
-    feature_axes: Axes,
-    *,
-    use_scale: bool,
-    use_bias: bool,
-    has_weight: bool,
+def check_fields(
+    name: str, value: Any, fields: tuple[type, set[str]], features: Shape, shape: Shape
 ) -> None:
-    """Raises unless params and state belong to a layer of these settings and to `x`."""
-    for name, value, kind in (
-        ("params", params, BatchNormParams),
-        ("state", state, BatchStats),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(
-                f"{name} must be {kind.__name__}, got {type(value).__name__}. Take it from "
-                f"init(), or build it from its arrays: {kind.__name__}(...)."
-            )
-    features = feature_shape(feature_axes, x.shape)
-    fields = {
-        "params.scale": (params.scale, use_scale),
-        "params.bias": (params.bias, use_bias),
-        "state.mean": (state.mean, True),
-        "state.var": (state.var, True),
-        "state.weight": (state.weight, has_weight),
-    }
-    for name, (value, wanted) in fields.items():
-        want = f"shape {features}" if wanted else "None"
-        got = "None" if value is None else f"shape {jnp.shape(value)}"
+    """Raises unless `value` is of the type and has the shapes that the layer needs.
+
+    `fields` is the type and the names of those of its fields that are None.
+    """
+    kind, absent = fields
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} must be {kind.__name__}, got {type(value).__name__}. Take it from "
+            f"init() of this layer, or build it from its arrays: {kind.__name__}(...)."
+        )
+    for field, array in value._asdict().items():
+        want = None if field in absent else features
+        got = None if array is None else jnp.shape(array)
         if want != got:
             raise ValueError(
-                f"{name} must be of {want} for x of shape {x.shape} with feature_axes="
-                f"{feature_axes}, got {got}. Take params and state from init() of the "
-                "same layer, called with the number of features of x."
-                if wanted
-                else f"{name} must be None in this layer, got an array of {got}. Take "
-                "params and state from init() of the same layer."
+                f"{name}.{field} must have shape {want} for x of shape {shape}, got {got}. "
+                "Take params and state from init() of this layer, called with the number "
+                "of features of x."
             )
+
+
+def check_adjustment(
+    adjustment: tuple[Array, Array] | None, features: Shape, shape: Shape
+) -> None:
+    """Raises unless `adjustment` is a pair of arrays that fit the features or x."""
+    if adjustment is None:
+        return
+    if not isinstance(adjustment, (tuple, list)) or len(adjustment) != 2:
+        raise TypeError(
+            f"adjustment must be a pair (scale, offset), got {type(adjustment).__name__}. "
+            "Pass two arrays, each of the shape of the features or broadcastable to x."
+        )
+    for array in adjustment:
+        got = jnp.shape(array)
+        broadcasts = len(got) == len(shape) and all(
+            have in (1, want) for have, want in zip(got, shape, strict=True)
+        )
+        if got != features and not broadcasts:
+            raise ValueError(
+                f"adjustment of shape {got} fits neither the features {features} nor x of "
+                f"shape {shape}. Give it one of these shapes."
+            )
+
+
+def check_residual(residual: Array | None, shape: Shape) -> None:
+    """Raises unless `residual` is None or of the shape of x."""
+    if residual is not None and jnp.shape(residual) != shape:
+        raise ValueError(
+            f"residual must have the shape {shape} of x, got {jnp.shape(residual)}. "
+            "Broadcast it first: jnp.broadcast_to(residual, x.shape)."
+        )

@@ -127,16 +127,23 @@ def tracked(
     # first batch's statistics again.
     state, batch = lax.stop_gradient((state, batch))
     var = batch.var * _bessel(batch.count, ddof)
-    sound = (batch.count > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
+    sound = is_sound(batch, var)
     rate, weight = _rate(state, momentum)
-
-    def toward(old: Array, new: Array) -> Array:
-        step = jnp.asarray(rate).astype(old.dtype) * (new.astype(old.dtype) - old)
-        return jnp.where(sound, old + step, old)
-
     if weight is not None and state.weight is not None:
         weight = jnp.where(sound, weight, state.weight)
-    return BatchStats(toward(state.mean, batch.mean), toward(state.var, var), weight)
+    mean = move(state.mean, batch.mean, rate, sound)
+    return BatchStats(mean, move(state.var, var, rate, sound), weight)
+
+
+def is_sound(batch: Moments, var: Array) -> Array:
+    """Tells which features of the batch may enter an average without spoiling it."""
+    return (batch.count > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
+
+
+def move(old: Array, new: Array, rate: float | Array, sound: Array) -> Array:
+    """Returns `old` moved toward `new` by `rate` where `sound`, in the dtype of `old`."""
+    step = jnp.asarray(rate).astype(old.dtype) * (new.astype(old.dtype) - old)
+    return jnp.where(sound, old + step, old)
 
 
 def _bessel(count: Array, ddof: int) -> Array:

@@ -10,6 +10,8 @@ Axes: TypeAlias = int | tuple[int, ...]
 Shape: TypeAlias = tuple[int, ...]
 DTypeLike: TypeAlias = Any  # what jnp.dtype accepts; jax.typing names no public alias
 Key: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+Pair: TypeAlias = tuple[jax.Array, jax.Array]
 Initializer: TypeAlias = Callable[[Any, Shape, Any], jax.Array]
 
 

@@ -34,7 +34,10 @@ def main():
         for name, layer in (
             ("jaxbn", by_jaxbn),
             ("flax", by_flax),
-            ("flax, `use_fast_variance=False`", lambda x: by_flax(x, use_fast_variance=False)),
+            (
+                "flax, `use_fast_variance=False`",
+                lambda x: by_flax(x, use_fast_variance=False),
+            ),
         ):
             y, got = (np.asarray(a, np.float64) for a in layer(jnp.asarray(x)))
             var_error = (np.abs(got - var) / var).max()

@@ -39,12 +39,15 @@ class Case:
         return max(FLOOR[self.meta["dtype"]], 4 * self._observed)
 
 
-def assert_near(got, want, tolerance, what, where=True):
-    """Compares relative to the largest expected value of each feature (last axis)."""
+def assert_near(got, want, tolerance, what, where=True, terms=0.0):
+    """Compares relative to the largest expected value of each feature (last axis).
+
+    `terms` is the size of what was added up to get there, where much of it cancels.
+    """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, f"{what}: shape {got.shape}, recorded {want.shape}"
     got, want = (np.where(where, array, 0) for array in (got, want))
     axes = tuple(range(want.ndim - 1))
-    scale = np.abs(want).max(axes, initial=0.0) + 1e-3
+    scale = np.maximum(np.abs(want).max(axes, initial=0.0), terms) + 1e-3
     error = (np.abs(got - want) / scale).max(initial=0.0)
     assert error <= tolerance, f"{what}: relative error {error:.3g} > {tolerance:.3g}"

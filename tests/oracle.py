@@ -21,9 +21,114 @@ def _wide(value):
     return np.complex128 if np.iscomplexobj(np.asarray(value)) else np.float64
 
 
-def apply(normalizer, params, state, x, training, weights=None):
-    """Returns `(y, state)` of any normalizer of the library."""
-    return _ORACLES[type(normalizer)](normalizer, params, state, x, training, weights)
+def settings(normalizer):
+    """Returns the `BatchNorm` at the heart of a normalizer."""
+    if isinstance(normalizer, jaxbn.GhostBatchNorm):
+        return settings(normalizer.inner)
+    return normalizer.bn if isinstance(normalizer, jaxbn.BatchRenorm) else normalizer
+
+
+def apply(normalizer, params, state, x, training, weights=None, held=None):
+    """Returns `(y, state)` of any normalizer of the library.
+
+    `held` is an x and a state that take the place of the given ones in what no gradient
+    flows through, so that finite differences leave it out too.
+    """
+    bn = settings(normalizer)
+    axes = reduced(x, bn.feature_axes)
+    if weights is not None:
+        weights = align(weights, x, axes)
+        x = np.where((weights > 0) | np.isfinite(x), x, 0)
+    wide = {name: np.expand_dims(state[name], axes) for name in ("mean", "var")}
+    if not training:
+        return affine(bn, params, x, wide["mean"], wide["var"], axes), state
+
+    groups = ghosts(normalizer, len(x))
+    parts = [
+        moments(x[rows], bn.feature_axes, None if weights is None else weights[rows])
+        for rows in groups
+    ]
+    batch = merge(normalizer, parts)
+    r, d = 1.0, 0.0
+    if isinstance(core(normalizer), jaxbn.BatchRenorm):
+        held_x, held_state = (x, state) if held is None else held
+        held_parts = [
+            moments(
+                held_x[rows], bn.feature_axes, None if weights is None else weights[rows]
+            )
+            for rows in groups
+        ]
+        r, d = correction(core(normalizer), held_state, merge(normalizer, held_parts))
+        r, d = np.expand_dims(r, axes), np.expand_dims(d, axes)
+        state = track_renorm(core(normalizer), state, *(np.squeeze(m, axes) for m in batch))
+    else:
+        state = track(bn, state, *(np.squeeze(m, axes) for m in batch))
+    y = np.empty_like(x)
+    for rows, (mean, var, total) in zip(groups, parts, strict=True):
+        mean, var = (
+            np.where(total > 0, new, wide[name])
+            for name, new in (("mean", mean), ("var", var))
+        )
+        y[rows] = affine(bn, params, x[rows], mean, var, axes, r, d)
+    return y, state
+
+
+def core(normalizer):
+    return normalizer.inner if isinstance(normalizer, jaxbn.GhostBatchNorm) else normalizer
+
+
+def ghosts(normalizer, rows):
+    """Returns the indices of the rows of each ghost batch."""
+    if not isinstance(normalizer, jaxbn.GhostBatchNorm):
+        return [np.arange(rows)]
+    size = normalizer.virtual_batch_size
+    count = rows // size
+    if normalizer.layout == "strided":
+        return [np.arange(j, rows, count) for j in range(count)]
+    return [np.arange(j * size, (j + 1) * size) for j in range(count)]
+
+
+def merge(normalizer, parts):
+    """Returns the moments to track, given those of the ghost batches."""
+    mean, var, total = (np.stack(field) for field in zip(*parts, strict=True))
+    if getattr(normalizer, "tracking", "pooled") == "averaged":
+        used = total > 0
+        count = np.maximum(used.sum(0), 1)
+        return tuple((field * used).sum(0) / count for field in (mean, var, total))
+    whole = total.sum(0)
+    safe = np.where(whole > 0, whole, 1)
+    pooled = (total * mean).sum(0) / safe
+    return pooled, (total * (var + np.abs(mean - pooled) ** 2)).sum(0) / safe, whole
+
+
+def correction(layer, state, batch):
+    """Returns r and d of batch renormalization (algorithm 1 of the paper)."""
+    mean, var, total = (np.squeeze(m).reshape(state["mean"].shape) for m in batch)
+    floor = np.sqrt(layer.bn.epsilon)
+    scale = np.maximum(state["renorm_std"], floor)
+    r = np.clip(np.sqrt(var + layer.bn.epsilon) / scale, *layer.limits[:2])
+    d = np.clip(
+        (mean - state["renorm_mean"]) / scale, -layer.limits.d_max, layer.limits.d_max
+    )
+    return np.where(total > 0, r, 1), np.where(total > 0, d, 0)
+
+
+def track_renorm(layer, state, mean, var, total):
+    """Returns the running statistics of batch renormalization after a batch."""
+    std = np.sqrt(var + layer.bn.epsilon)
+    sound = (total > 0) & np.isfinite(mean) & np.isfinite(std)
+
+    def average(name, new, momentum):
+        return np.where(sound, momentum * state[name] + (1 - momentum) * new, state[name])
+
+    after = {
+        "mean": average("mean", mean, layer.bn.momentum),
+        "std": average("std", std, layer.bn.momentum),
+        "renorm_mean": average("renorm_mean", mean, layer.momentum),
+        "renorm_std": average("renorm_std", std, layer.momentum),
+    }
+    var = np.maximum(after["std"] ** 2 - layer.bn.epsilon, 0)
+    return {**after, "var": np.where(sound, var, state["var"])}
 
 
 def moments(x, feature_axes, weights=None):
@@ -53,8 +158,8 @@ def align(weights, x, axes):
     return np.broadcast_to(weights, x.shape)
 
 
-def affine(bn, params, x, mean, var, axes):
-    y = (x - mean) / np.sqrt(var + bn.epsilon)
+def affine(bn, params, x, mean, var, axes, r=1.0, d=0.0):
+    y = (x - mean) / np.sqrt(var + bn.epsilon) * r + d
     if params["scale"] is not None:
         y = y * np.expand_dims(params["scale"], axes)
     if params["bias"] is not None:
@@ -87,25 +192,6 @@ def track(bn, state, mean, var, total):
         "var": average(state["var"], var),
         "weight": None if weight is None else np.where(sound, new_weight, weight),
     }
-
-
-def _batch_norm(bn, params, state, x, training, weights):
-    axes = reduced(x, bn.feature_axes)
-    if weights is not None:
-        counts = align(weights, x, axes) > 0
-        x = np.where(counts | np.isfinite(x), x, 0)
-    mean, var = (np.expand_dims(state[name], axes) for name in ("mean", "var"))
-    if training:
-        batch = moments(x, bn.feature_axes, weights)
-        mean, var = (
-            np.where(batch[2] > 0, new, old)
-            for new, old in zip(batch, (mean, var), strict=False)
-        )
-        state = track(bn, state, *(np.squeeze(m, axes) for m in batch))
-    return affine(bn, params, x, mean, var, axes), state
-
-
-_ORACLES = {jaxbn.BatchNorm: _batch_norm}
 
 
 def gradient(function, values, step=1e-5):

@@ -10,7 +10,7 @@ import jaxbn
 
 PUBLIC = {
     "BatchNorm": "(*, feature_axes, momentum, epsilon, use_scale, use_bias, ddof, debias, "
-    "dtype, param_dtype)",
+    "activation, dtype, param_dtype)",
     "BatchNormParams": "(scale, bias)",
     "BatchStats": "(mean, var, weight)",
     "Moments": "(mean, var, count)",
@@ -25,7 +25,8 @@ PUBLIC = {
 METHODS = {
     "BatchNorm.init": "(self, num_features, *, scale_init, bias_init, mean_init, var_init, "
     "key)",
-    "BatchNorm.apply": "(self, params, state, x, training, *, weights, momentum)",
+    "BatchNorm.apply": "(self, params, state, x, training, *, weights, residual, "
+    "adjustment, momentum)",
 }
 
 

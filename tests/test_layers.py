@@ -10,10 +10,12 @@ LAYERS = (
     {"_axes", "_dtypes", "_state"},
     {"_weights"},
     {"_moments", "_normalize"},
-    {"_running"},
+    {"_groups", "_renorm_limits", "_running"},
     {"_normalizer"},
+    {"_apply"},
     {"_batch_norm"},
-    {"_functions"},
+    {"_dropout", "_ema", "_functions", "_renorm"},
+    {"_ghost"},
     {"__init__"},
 )
 # The room that may import a package besides jax and the standard library.

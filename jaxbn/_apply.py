@@ -1,0 +1,151 @@
+"""One application of a layer that works from moments: batch, state, affine map."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn._axes import expand, feature_shape, reduction_axes
+from jaxbn._dtypes import as_float, widest
+from jaxbn._groups import Groups
+from jaxbn._moments import batch_moments
+from jaxbn._normalize import affine_map
+from jaxbn._normalizer import check_adjustment, check_fields, check_residual, split_mode
+from jaxbn._state import BatchNormParams
+from jaxbn._typing import Array, Pair
+from jaxbn._weights import hide_unweighted, prepare_weights
+
+
+class Statistics(NamedTuple):
+    """What x is normalized with, each of x's rank and broadcast to x."""
+
+    mean: Array
+    var: Array
+    scale: Array | None
+    bias: Array | None
+
+
+def apply_layer(
+    layer: Any,
+    params: BatchNormParams,
+    state: Any,
+    x: Array,
+    training: bool | Array,
+    *,
+    groups: Groups | None = None,
+    weights: Array | None = None,
+    residual: Array | None = None,
+    adjustment: Pair | None = None,
+    **options: Any,
+) -> tuple[Array, Any]:
+    """Checks the arguments of `layer.apply`, then runs it in one compiled function.
+
+    A layer is a frozen value with `_settings()`, the `BatchNorm` that holds axes, epsilon,
+    dtypes and activation; `_stats_fields()`, the type of its state and the fields of it
+    that are None; `_check(state, x, tracks, **options)`; and `_track(batch, state,
+    **options)`, which returns what else scales and shifts the normalized batch, or None,
+    and the new state.
+    """
+    x = as_float(x)
+    bn = layer._settings()
+    axes = reduction_axes(bn.feature_axes, x.shape)
+    features = feature_shape(bn.feature_axes, x.shape)
+    check_fields("params", params, bn._params_fields(), features, x.shape)
+    check_fields("state", state, layer._stats_fields(), features, x.shape)
+    check_adjustment(adjustment, features, x.shape)
+    check_residual(residual, x.shape)
+    mode, flag = split_mode(training)
+    layer._check(state, x, mode is not False, **options)
+    if groups is not None and mode is not False:
+        groups.check(x.shape, axes)
+    batch = x, prepare_weights(weights, x, axes), adjustment, options
+    return _run(layer, mode, groups, flag, params, state, batch, residual)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _run(layer, mode, groups, flag, params, state, batch, residual):
+    bn = layer._settings()
+    x, weights, adjustment, options = batch
+    axes = reduction_axes(bn.feature_axes, x.shape)
+    groups = None if mode is False else groups
+
+    def aligned(array: Array) -> Array:
+        """Gives an array of the features, or of x's rank, the rank that x has below."""
+        array = expand(array, axes) if array.ndim < x.ndim else array
+        return array if groups is None else groups.split(array)
+
+    with jax.named_scope(f"jaxbn.{type(layer).__name__}"):
+        seen = aligned(hide_unweighted(x, weights))
+        running = jax.tree.map(aligned, Statistics(state.mean, state.var, *params))
+
+        def from_batch():
+            used = axes if groups is None else groups.axes(axes)
+            parts = batch_moments(seen, jax.tree.map(aligned, weights), used)
+            whole = parts if groups is None else groups.merge(parts)
+            correction, new_state = layer._track(whole, state, **options)
+            statistics = _where_seen(parts, running, used)
+            # The correction touches the normalized batch first, then the adjustment does.
+            for pair in (adjustment, correction):
+                if pair is not None:
+                    statistics = _compose(statistics, *map(aligned, pair))
+            return statistics, new_state
+
+        statistics, state = _choose(mode, flag, from_batch, lambda: (running, state))
+        y = affine_map(seen, *statistics, bn.epsilon, bn.dtype).reshape(x.shape)
+        if residual is not None:
+            y = y + residual.astype(y.dtype)
+        return y if bn.activation is None else bn.activation(y), state
+
+
+def _where_seen(batch, running: Statistics, axes: tuple[int, ...]) -> Statistics:
+    """Returns the statistics of the batch, or the running ones of features it lacks."""
+    seen = expand(batch.count > 0, axes)
+    mean, var = (
+        jnp.where(seen, expand(new, axes), old.astype(new.dtype))
+        for new, old in ((batch.mean, running.mean), (batch.var, running.var))
+    )
+    return running._replace(mean=mean, var=var)
+
+
+def _compose(statistics: Statistics, factor: Array, offset: Array) -> Statistics:
+    """Lets the normalized x be multiplied and shifted before scale and bias."""
+    scale, bias = statistics.scale, statistics.bias
+    given = [array for array in (factor, offset, scale, bias) if array is not None]
+    wide = widest(*(array.dtype for array in given))
+    factor, offset = factor.astype(wide), offset.astype(wide)
+    if scale is not None:
+        factor, offset = factor * scale.astype(wide), offset * scale.astype(wide)
+    if bias is not None:
+        offset = offset + bias.astype(wide)
+    return statistics._replace(scale=factor, bias=offset)
+
+
+def _choose(
+    mode: bool | None,
+    flag: Array | None,
+    from_batch: Callable[[], tuple[Statistics, Any]],
+    from_state: Callable[[], tuple[Statistics, Any]],
+) -> tuple[Statistics, Any]:
+    """Returns the statistics and the new state of the mode that holds."""
+    if mode is not None:
+        return from_batch() if mode else from_state()
+    kinds = [jax.eval_shape(branch)[0] for branch in (from_batch, from_state)]
+
+    def agreeing(branch):
+        """Runs a branch; those of one program must agree in structure, shape, dtype."""
+        statistics, state = branch()
+        fields = []
+        for array, neutral, *like in zip(statistics, (0, 1, 1, 0), *kinds, strict=True):
+            like = [kind for kind in like if kind is not None]
+            if like:
+                dtype = widest(*(kind.dtype for kind in like))
+                shape = jnp.broadcast_shapes(*(kind.shape for kind in like))
+                array = jnp.asarray(neutral if array is None else array).astype(dtype)
+                array = jnp.broadcast_to(array, shape)
+            fields.append(array)
+        return Statistics(*fields), state
+
+    return lax.cond(flag, lambda: agreeing(from_batch), lambda: agreeing(from_state))
