@@ -26,5 +26,7 @@ from jaxbn._renorm_limits import renorm_limits as renorm_limits
 from jaxbn._running import update_running as update_running
 from jaxbn._state import BatchNormParams as BatchNormParams
 from jaxbn._state import BatchStats as BatchStats
+from jaxbn._sync import axis_groups as axis_groups
+from jaxbn._sync import sync_moments as sync_moments
 
 __version__ = "0.1.0"

@@ -11,11 +11,13 @@ from jax import lax
 from jaxbn._axes import expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_float, widest
 from jaxbn._groups import Groups
-from jaxbn._moments import batch_moments
+from jaxbn._moments import exact_moments
 from jaxbn._normalize import affine_map
 from jaxbn._normalizer import check_adjustment, check_fields, check_residual, split_mode
 from jaxbn._state import BatchNormParams
+from jaxbn._sync import check_axis, sync_exact
 from jaxbn._typing import Array, Pair
+from jaxbn._vma import vary_alike
 from jaxbn._weights import hide_unweighted, prepare_weights
 
 
@@ -59,6 +61,8 @@ def apply_layer(
     check_residual(residual, x.shape)
     mode, flag = split_mode(training)
     layer._check(state, x, mode is not False, **options)
+    if bn.axis_name is not None and mode is not False:
+        check_axis(bn.axis_name, bn.axis_index_groups)
     if groups is not None and mode is not False:
         groups.check(x.shape, axes)
     batch = x, prepare_weights(weights, x, axes), adjustment, options
@@ -83,7 +87,9 @@ def _run(layer, mode, groups, flag, params, state, batch, residual):
 
         def from_batch():
             used = axes if groups is None else groups.axes(axes)
-            parts = batch_moments(seen, jax.tree.map(aligned, weights), used)
+            parts, rest = exact_moments(seen, jax.tree.map(aligned, weights), used)
+            if bn.axis_name is not None:
+                parts = sync_exact(parts, rest, bn.axis_name, bn.axis_index_groups)
             whole = parts if groups is None else groups.merge(parts)
             correction, new_state = layer._track(whole, state, **options)
             statistics = _where_seen(parts, running, used)
@@ -132,20 +138,24 @@ def _choose(
     """Returns the statistics and the new state of the mode that holds."""
     if mode is not None:
         return from_batch() if mode else from_state()
-    kinds = [jax.eval_shape(branch)[0] for branch in (from_batch, from_state)]
+    kinds = [jax.eval_shape(branch) for branch in (from_batch, from_state)]
 
     def agreeing(branch):
-        """Runs a branch; those of one program must agree in structure, shape, dtype."""
+        """Runs a branch; those of one program must agree in structure and types."""
         statistics, state = branch()
-        fields = []
-        for array, neutral, *like in zip(statistics, (0, 1, 1, 0), *kinds, strict=True):
-            like = [kind for kind in like if kind is not None]
-            if like:
-                dtype = widest(*(kind.dtype for kind in like))
-                shape = jnp.broadcast_shapes(*(kind.shape for kind in like))
-                array = jnp.asarray(neutral if array is None else array).astype(dtype)
-                array = jnp.broadcast_to(array, shape)
-            fields.append(array)
-        return Statistics(*fields), state
+        fields = map(_like, statistics, (0, 1, 1, 0), kinds[0][0], kinds[1][0])
+        statistics = statistics._make(fields)
+        return statistics, jax.tree.map(vary_alike, state, kinds[0][1])
 
     return lax.cond(flag, lambda: agreeing(from_batch), lambda: agreeing(from_state))
+
+
+def _like(array: Array | None, neutral: int, *kinds: Any) -> Array | None:
+    """Returns `array`, or what changes nothing, as all of `kinds` can be typed."""
+    kinds = tuple(kind for kind in kinds if kind is not None)
+    if not kinds:
+        return None
+    array = jnp.asarray(neutral if array is None else array)
+    array = array.astype(widest(*(kind.dtype for kind in kinds)))
+    array = jnp.broadcast_to(array, jnp.broadcast_shapes(*(kind.shape for kind in kinds)))
+    return functools.reduce(vary_alike, kinds, array)

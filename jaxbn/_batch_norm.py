@@ -15,7 +15,17 @@ from jaxbn._moments import Moments
 from jaxbn._normalize import check_epsilon
 from jaxbn._running import check_ddof, check_momentum, check_real, tracked
 from jaxbn._state import BatchNormParams, BatchStats, draw
-from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Key, Pair
+from jaxbn._sync import as_groups
+from jaxbn._typing import (
+    Array,
+    Axes,
+    AxisGroups,
+    AxisName,
+    DTypeLike,
+    Initializer,
+    Key,
+    Pair,
+)
 
 
 @jax.tree_util.register_static
@@ -50,6 +60,11 @@ class BatchNorm:
         debias: Whether the running statistics forget their initial value from the first
             batch on, instead of at the rate of the momentum.
         activation: Applied last, such as `jax.nn.relu`; None for none.
+        axis_name: A mapped axis of `pmap`, `shard_map` or `vmap`, or a tuple of them, over
+            which a batch is spread: its statistics are then those of all devices. Not
+            wanted under plain `jit`, where they are in any case.
+        axis_index_groups: Groups of device indices that share statistics, see
+            `axis_groups`; None for one group of all.
         dtype: The dtype of the result; None for that of x.
         param_dtype: The dtype of scale and bias. The running statistics have it too, but
             at least float32.
@@ -75,6 +90,8 @@ class BatchNorm:
     ddof: int = 0
     debias: bool = False
     activation: Callable[[Array], Array] | None = None
+    axis_name: AxisName | None = None
+    axis_index_groups: AxisGroups | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
@@ -91,6 +108,8 @@ class BatchNorm:
         check_momentum(self.momentum)
         check_epsilon(self.epsilon)
         check_ddof(self.ddof)
+        groups = as_groups(self.axis_name, self.axis_index_groups)
+        object.__setattr__(self, "axis_index_groups", groups)
         if self.activation is not None and not callable(self.activation):
             raise TypeError(
                 f"activation must be a function of an array, got {self.activation!r}. Pass "

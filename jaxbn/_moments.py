@@ -10,6 +10,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxbn._axes import as_axes, expand, reduction_axes
+from jaxbn._double import settled, two_sum
 from jaxbn._dtypes import as_float, real_part, upcast
 from jaxbn._typing import Array, Axes
 from jaxbn._weights import hide_unweighted, prepare_weights
@@ -88,12 +89,20 @@ def _moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
 
 def batch_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
     """Returns the moments of `x` over `axes`, given prepared weights and no hidden NaN."""
+    return exact_moments(x, weights, axes)[0]
+
+
+def exact_moments(
+    x: Array, weights: Array | None, axes: tuple[int, ...]
+) -> tuple[Moments, Array]:
+    """Returns the moments of `x`, and what the rounding of its mean left out."""
     count = _count(x, weights, axes)
     if jnp.iscomplexobj(x):
         re, im = (_mean_and_var(part, weights, count, axes) for part in (x.real, x.imag))
-        return Moments(lax.complex(re[0], im[0]), re[1] + im[1], count)
-    mean, var = _mean_and_var(x, weights, count, axes)
-    return Moments(mean, var, count)
+        mean, rest = (lax.complex(re[i], im[i]) for i in (0, 1))
+        return Moments(mean, re[2] + im[2], count), rest
+    mean, rest, var = _mean_and_var(x, weights, count, axes)
+    return Moments(mean, var, count), rest
 
 
 def _count(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Array:
@@ -101,29 +110,29 @@ def _count(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Array:
     if weights is None:
         size = math.prod(x.shape[axis] for axis in axes)
         return jnp.full(features, size, real_part(upcast(x).dtype))
-    # Axes along which the weights are constant multiply the sum instead of being summed.
+    # Axes along which the weights are constant multiply them instead of being summed.
     repeats = math.prod(x.shape[axis] for axis in axes if weights.shape[axis] == 1)
-    return jnp.broadcast_to(jnp.sum(weights, axes) * repeats, features)
+    return jnp.broadcast_to(jnp.sum(weights * repeats, axes), features)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _mean_and_var(
     x: Array, weights: Array | None, count: Array, axes: tuple[int, ...]
-) -> tuple[Array, Array]:
-    rough = _mean(upcast(x), weights, count, axes)
+) -> tuple[Array, Array, Array]:
+    rough = settled(_mean(upcast(x), weights, count, axes))
     centered = upcast(x) - expand(rough, axes)
     # The rounding of `rough` would enter the variance squared. Its own deviation from
     # the mean, which exact arithmetic would make 0, corrects both.
-    slip = _mean(centered, weights, count, axes)
+    slip = settled(_mean(centered, weights, count, axes))
     spread = _mean(centered, weights, count, axes, times=centered)
-    return rough + slip, jnp.maximum(spread - jnp.square(slip), 0)
+    return *two_sum(rough, slip), jnp.maximum(spread - jnp.square(slip), 0)
 
 
 @functools.partial(_mean_and_var.defjvp, symbolic_zeros=True)
 def _mean_and_var_jvp(axes, primals, tangents):
     x, weights, count = primals
     tx, tweights, _ = tangents  # the terms of `tweights` hold what the count would add
-    mean, var = _mean_and_var(x, weights, count, axes)
+    mean, rest, var = _mean_and_var(x, weights, count, axes)
     tmean, tvar = jnp.zeros_like(mean), jnp.zeros_like(var)
     if not isinstance(tx, SymbolicZero):
         by_x = _tangent_of_x(axes, x, weights, count, mean, tx)
@@ -131,7 +140,7 @@ def _mean_and_var_jvp(axes, primals, tangents):
     if weights is not None and not isinstance(tweights, SymbolicZero):
         by_weights = _tangent_of_weights(axes, x, count, mean, var, tweights)
         tmean, tvar = tmean + by_weights[0], tvar + by_weights[1]
-    return (mean, var), (tmean, tvar)
+    return (mean, rest, var), (tmean, jnp.zeros_like(rest), tvar)
 
 
 # Checkpointed, so that the backward pass keeps x in its own dtype and centers it again,
@@ -164,17 +173,18 @@ def _mean(
     """
     weighted = x if weights is None else x * weights
     product = weighted if times is None else weighted * times
-    return jnp.sum(product, axes) / _divisor(count)
+    return jnp.sum(product, axes) / divisor(count)
 
 
-def _divisor(count: Array) -> Array:
+def divisor(count: Array) -> Array:
+    """Returns what to divide a sum by: `count`, or 1 where nothing was summed."""
     return jnp.where(count > 0, count, jnp.ones_like(count))
 
 
 def pool_moments(parts: Moments) -> Moments:
     """Returns the moments of all batches whose moments lie along the first axis."""
     count = parts.count.sum(0)
-    share = parts.count / _divisor(count)[None]
+    share = parts.count / divisor(count)[None]
     mean = (share.astype(parts.mean.dtype) * parts.mean).sum(0)
     apart = jnp.square(jnp.abs(parts.mean - mean[None]))
     return Moments(mean, (share * (parts.var + apart)).sum(0), count)
@@ -217,7 +227,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
             f"features {jnp.shape(b.mean)}. Take both from inputs with the same features."
         )
     count = a.count + b.count
-    part = b.count / _divisor(count)
+    part = b.count / divisor(count)
     apart = b.mean - a.mean
     between = part * (1 - part) * jnp.square(jnp.abs(apart))
     mean = a.mean + part.astype(apart.dtype) * apart

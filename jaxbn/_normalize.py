@@ -9,6 +9,7 @@ from jax import lax
 from jaxbn._axes import as_axes, expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_dtype, as_float, real_part, upcast, widest
 from jaxbn._typing import Array, Axes, DTypeLike
+from jaxbn._vma import vary_over, varying_axes
 
 
 def normalize(
@@ -130,6 +131,11 @@ def _affine_jvp(epsilon, dtype, primals, tangents):
     if tscale is not None:
         tslope = tslope + inverse.astype(mean.dtype) * tscale
     toffset = -slope * tmean if tbias is None else tbias - slope * tmean
+    if varying_axes(x) - varying_axes(tslope) or varying_axes(x) - varying_axes(toffset):
+        # Typed as differing between devices in one piece, so that one sum over devices
+        # brings both gradients back.
+        both = jnp.stack(jnp.broadcast_arrays(tslope, toffset))
+        tslope, toffset = vary_over(both, varying_axes(x))
     return y, _affine_tangent(dtype, x, mean, slope, tx, tslope, toffset)
 
 

@@ -10,12 +10,22 @@ import jaxbn
 
 PUBLIC = {
     "BatchNorm": "(*, feature_axes, momentum, epsilon, use_scale, use_bias, ddof, debias, "
-    "activation, dtype, param_dtype)",
+    "activation, axis_name, axis_index_groups, dtype, param_dtype)",
     "BatchNormParams": "(scale, bias)",
+    "BatchRenorm": "(bn, *, momentum, limits)",
+    "Ema": "(decay, *, debias)",
+    "EmaState": "(average, weight)",
+    "GhostBatchNorm": "(inner, virtual_batch_size, *, layout, tracking)",
+    "RenormLimits": "(r_min, r_max, d_max)",
+    "RenormStats": "(mean, var, std, renorm_mean, renorm_std)",
     "BatchStats": "(mean, var, weight)",
     "Moments": "(mean, var, count)",
     "Normalizer": "(*args, **kwargs)",
     "apply": "(params, state, x, training, normalizer, **options)",
+    "dropout": "(key, x, rate, training, *, broadcast_axes, scaled_at)",
+    "renorm_limits": "(step, *, start, r_steps, d_steps, r_max, d_max)",
+    "axis_groups": "(num_devices, group_size)",
+    "sync_moments": "(moments, axis_name, *, axis_index_groups)",
     "init": "(num_features, normalizer, **options)",
     "merge_moments": "(a, b)",
     "moments": "(x, *, feature_axes, weights)",
@@ -23,6 +33,15 @@ PUBLIC = {
     "update_running": "(state, batch, *, momentum, ddof)",
 }
 METHODS = {
+    "BatchRenorm.init": "(self, num_features, *, scale_init, bias_init, mean_init, "
+    "var_init, key)",
+    "BatchRenorm.apply": "(self, params, state, x, training, *, weights, residual, "
+    "adjustment, momentum, limits)",
+    "GhostBatchNorm.init": "(self, num_features, **options)",
+    "GhostBatchNorm.apply": "(self, params, state, x, training, **options)",
+    "Ema.init": "(self, tree)",
+    "Ema.update": "(self, state, tree, *, decay, num_updates)",
+    "Ema.value": "(self, state, like)",
     "BatchNorm.init": "(self, num_features, *, scale_init, bias_init, mean_init, var_init, "
     "key)",
     "BatchNorm.apply": "(self, params, state, x, training, *, weights, residual, "
@@ -39,7 +58,11 @@ def names_of(signature):
 
 
 def test_the_public_names_are_these():
-    public = {name for name in vars(jaxbn) if not name.startswith("_")}
+    public = {
+        name
+        for name, value in vars(jaxbn).items()
+        if not (name.startswith("_") or inspect.ismodule(value))
+    }
     assert public == set(PUBLIC)
 
 

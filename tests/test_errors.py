@@ -12,6 +12,7 @@ import jaxbn
 BN = jaxbn.BatchNorm()
 PARAMS, STATE = BN.init(3)
 X = jnp.ones((4, 3))
+RENORM = jaxbn.BatchRenorm()
 
 
 def apply(x=X, training=True, params=PARAMS, state=STATE, bn=BN, **options):
@@ -113,6 +114,74 @@ MISTAKES = {
     "update_cumulative": (
         lambda: jaxbn.update_running(STATE, jaxbn.moments(X), momentum=None),
         ValueError, "weight", "momentum=None",
+    ),
+    "activation_text": (
+        lambda: jaxbn.BatchNorm(activation="relu"), TypeError, "'relu'", "jax.nn.relu",
+    ),
+    "residual_shape": (lambda: apply(residual=X[:2]), ValueError, r"\(2, 3\)", "broadcast_to"),
+    "adjustment_single": (lambda: apply(adjustment=X[0]), TypeError, "pair", "two arrays"),
+    "adjustment_shape": (
+        lambda: apply(adjustment=(X[:2], X[:2])), ValueError, r"\(2, 3\)", "one of these",
+    ),
+    "renorm_r_max": (
+        lambda: jaxbn.BatchRenorm(limits=jaxbn.RenormLimits(r_max=0.5)), ValueError,
+        "r_max.*0.5", "factor r of 1",
+    ),
+    "renorm_r_min": (
+        lambda: jaxbn.BatchRenorm(limits=jaxbn.RenormLimits(r_min=2.0)), ValueError,
+        "r_min.*2.0", "factor r of 1",
+    ),
+    "renorm_d_max": (
+        lambda: RENORM.apply(*RENORM.init(3), X, True, limits=jaxbn.RenormLimits(d_max=-1.0)),
+        ValueError, "d_max.*-1.0", "offset d of 0",
+    ),
+    "renorm_limits_dict": (
+        lambda: RENORM.apply(*RENORM.init(3), X, True, limits={"rmax": 2}), TypeError,
+        "dict", r"RenormLimits\(",
+    ),
+    "renorm_traced_limit": (
+        lambda: jaxbn.BatchRenorm(limits=jaxbn.RenormLimits(r_max=jnp.array(2.0))), TypeError,
+        "array", r"apply\(",
+    ),
+    "renorm_schedule": (
+        lambda: jaxbn.renorm_limits(0, start=10, r_steps=5), ValueError, "start=10", "durations",
+    ),
+    "renorm_of_ghosts": (
+        lambda: jaxbn.BatchRenorm(jaxbn.GhostBatchNorm(BN, 2)), TypeError,
+        "GhostBatchNorm", r"GhostBatchNorm\(BatchRenorm",
+    ),
+    "renorm_debias": (
+        lambda: jaxbn.BatchRenorm(jaxbn.BatchNorm(ddof=1)), ValueError, "ddof=1", "Leave out",
+    ),
+    "renorm_momentum": (lambda: jaxbn.BatchRenorm(momentum=None), TypeError, "None", "0.99"),
+    "renorm_complex": (
+        lambda: RENORM.apply(*RENORM.init(3), jnp.ones((4, 3), jnp.complex64), True), TypeError,
+        "complex64", "two features",
+    ),
+    "renorm_state_of_plain": (
+        lambda: RENORM.apply(PARAMS, STATE, X, True), TypeError, "RenormStats", r"init\(\)",
+    ),
+    "ghost_of_ghosts": (
+        lambda: jaxbn.GhostBatchNorm(jaxbn.GhostBatchNorm(BN, 2), 2), TypeError,
+        "GhostBatchNorm", "smaller size",
+    ),
+    "ghost_size_zero": (lambda: jaxbn.GhostBatchNorm(BN, 0), ValueError, "got 0", "Use"),
+    "ghost_size_float": (lambda: jaxbn.GhostBatchNorm(BN, 2.0), TypeError, "2.0", "Use"),
+    "ghost_layout": (
+        lambda: jaxbn.GhostBatchNorm(BN, 2, layout="random"), ValueError, "random", "strided",
+    ),
+    "ghost_not_dividing": (
+        lambda: jaxbn.GhostBatchNorm(BN, 3).apply(PARAMS, STATE, X, True), ValueError,
+        "virtual_batch_size=3.*4 rows", "Drop the last 1",
+    ),
+    "ghost_rows_are_features": (
+        lambda: jaxbn.GhostBatchNorm(jaxbn.BatchNorm(feature_axes=0), 2).apply(
+            *BN.init(4), X, True
+        ), ValueError, r"axis 0.*\(1,\)", "Leave axis 0",
+    ),
+    "misspelt_option_of_ghosts": (
+        lambda: jaxbn.GhostBatchNorm(BN, 2).apply(PARAMS, STATE, X, False, momentun=0.5),
+        TypeError, "momentun", "",
     ),
     "misspelt_field": (lambda: jaxbn.BatchNorm(momentun=0.9), TypeError, "momentun", ""),
     "misspelt_option": (lambda: apply(weigths=None), TypeError, "weigths", ""),

@@ -7,9 +7,10 @@ import jaxbn
 
 LAYERS = (
     {"_typing"},
-    {"_axes", "_dtypes", "_state"},
+    {"_axes", "_dtypes", "_double", "_state", "_vma"},
     {"_weights"},
     {"_moments", "_normalize"},
+    {"_sync"},
     {"_groups", "_renorm_limits", "_running"},
     {"_normalizer"},
     {"_apply"},

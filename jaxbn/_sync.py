@@ -1,0 +1,216 @@
+"""Moments over devices: the sums and counts of all shards, in one collective."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxbn._double import halves, settled, two_product, two_sum
+from jaxbn._moments import Moments, divisor
+from jaxbn._typing import Array, AxisGroups, AxisName
+
+
+def sync_moments(
+    moments: Moments,
+    axis_name: AxisName,
+    *,
+    axis_index_groups: AxisGroups | None = None,
+) -> Moments:
+    r"""Returns the moments of the batches of all devices taken as one.
+
+    .. math::
+        n = \sum_d n_d, \quad
+        \mu = \frac{1}{n} \sum_d n_d \mu_d, \quad
+        \sigma^2 = \frac{1}{n} \sum_d n_d \left(\sigma_d^2 + |\mu_d - \mu|^2\right)
+
+    over the devices d, whose batches may differ in size, be weighted, or be empty. One
+    `psum` forward and one backward. What would cancel is summed in twice the precision,
+    so the variance is as exact as that of one device.
+
+    Args:
+        moments: Those of the batch of this device.
+        axis_name: The mapped axis of `pmap`, `shard_map` or `vmap`, or a tuple of them.
+        axis_index_groups: None, or groups of device indices that partition the axis, as
+            for `jax.lax.psum`; of unequal sizes too, and also where JAX has no groups.
+
+    Returns:
+        `Moments`, equal on all devices (of a group).
+
+    Raises:
+        NameError: There is no such axis here.
+        ValueError: The groups are no partition of the axis.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbn
+        >>> x = jnp.array([[[0.0], [2.0]], [[10.0], [12.0]]])
+        >>> pooled = jax.vmap(
+        ...     lambda x: jaxbn.sync_moments(jaxbn.moments(x), "device"), axis_name="device"
+        ... )(x)
+        >>> print(pooled.mean.ravel(), pooled.var.ravel(), pooled.count.ravel())
+        [6. 6.] [26. 26.] [4. 4.]
+
+    References:
+        Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983.
+        Dekker, "A floating-point technique for extending the available precision", 1971.
+
+    Differs from Flax and Haiku, which average the devices' means and squares: that is
+    wrong for unequal counts, and NaN everywhere if one device has none.
+    """
+    axis_index_groups = as_groups(axis_name, axis_index_groups)
+    check_axis(axis_name, axis_index_groups)
+    rest = jnp.zeros_like(moments.mean)
+    return sync_exact(moments, rest, axis_name, axis_index_groups)
+
+
+def sync_exact(
+    moments: Moments, rest: Array, axis_name: AxisName, groups: AxisGroups | None
+) -> Moments:
+    """Returns `sync_moments`, given also what the rounding of the means left out."""
+    mean, var, count = moments
+    if not jnp.iscomplexobj(mean):
+        return Moments(*_sync(mean, rest, var, count, axis_name, groups))
+    # The two parts are two features, of which the first brings the variance along.
+    mean, var, count = _sync(
+        jnp.stack([mean.real, mean.imag]),
+        jnp.stack([rest.real, rest.imag]),
+        jnp.stack([var, jnp.zeros_like(var)]),
+        jnp.stack([count, count]),
+        axis_name,
+        groups,
+    )
+    return Moments(lax.complex(mean[0], mean[1]), var.sum(0), count[0])
+
+
+def as_groups(axis_name: AxisName | None, groups: Any) -> AxisGroups | None:
+    """Returns groups as tuples, after the checks that need no mapped axis."""
+    if groups is None:
+        return None
+    groups = tuple(tuple(int(device) for device in group) for group in groups)
+    if axis_name is None or isinstance(axis_name, (tuple, list)):
+        raise ValueError(
+            f"axis_index_groups needs one axis_name, got {axis_name!r}. Name the axis "
+            "whose devices are grouped; over several axes, sync over one of them."
+        )
+    members = [device for group in groups for device in group]
+    if not all(groups) or sorted(members) != list(range(len(members))):
+        raise ValueError(
+            f"axis_index_groups {groups} are no partition of devices: name each of 0, 1, "
+            "... in exactly one group. See jaxbn.axis_groups."
+        )
+    return groups
+
+
+def check_axis(axis_name: AxisName, groups: AxisGroups | None) -> None:
+    """Raises unless the axis is bound here, and the groups partition it."""
+    try:
+        size = lax.axis_size(axis_name)
+    except NameError:
+        raise NameError(
+            f"there is no mapped axis {axis_name!r} here. Call this under jax.pmap, "
+            f"jax.vmap or jax.shard_map with axis_name={axis_name!r}. Under plain jax.jit, "
+            "statistics are those of the whole batch already: leave axis_name out."
+        ) from None
+    if groups is not None and sum(map(len, groups)) != size:
+        raise ValueError(
+            f"axis_index_groups {groups} do not cover the {size} devices of the axis "
+            f"{axis_name!r}. Name each of 0 to {size - 1} in exactly one group, or see "
+            "jaxbn.axis_groups."
+        )
+
+
+def axis_groups(num_devices: int, group_size: int) -> AxisGroups:
+    """Returns groups of neighbouring devices, for `axis_index_groups`.
+
+    Args:
+        num_devices: The size of the axis.
+        group_size: How many devices share their statistics.
+
+    Returns:
+        A tuple of tuples of device indices.
+
+    Raises:
+        ValueError: group_size does not divide num_devices.
+
+    Example:
+        >>> import jaxbn
+        >>> jaxbn.axis_groups(4, 2)
+        ((0, 1), (2, 3))
+    """
+    if group_size < 1 or num_devices % group_size:
+        raise ValueError(
+            f"group_size={group_size} does not divide num_devices={num_devices}. Choose a "
+            "divisor, or write unequal groups out."
+        )
+    starts = range(0, num_devices, group_size)
+    return tuple(tuple(range(start, start + group_size)) for start in starts)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _sync(mean, rest, var, count, axis_name, groups):
+    # n mean and n mean^2, whose difference cancels, travel as leading halves, which add
+    # up without rounding, and rests.
+    total, total_rest = two_product(count, mean)
+    square, square_rest = two_product(total, mean)
+    square_rest += (total_rest + 2 * count * rest) * mean
+    total_rest += count * rest
+    words = [count, count * var]
+    words += [*halves(total), total_rest]
+    words += [*halves(square), square_rest]
+    count, within, *words = _sum(jnp.stack(words), axis_name, groups)
+    total, total_rest = _normal(*words[:3])
+    square, square_rest = _normal(*words[3:])
+
+    n = divisor(count)
+    mean = settled(total / n)
+    product, product_rest = two_product(mean, n)
+    mean_rest = ((total - product) - product_rest + total_rest) / n
+    product, product_rest = two_product(mean, total)
+    cross = mean * total_rest + mean_rest * total
+    between = (square - product) - product_rest + square_rest - cross
+    return mean + mean_rest, (within + jnp.maximum(between, 0)) / n, count
+
+
+def _normal(high: Array, low: Array, rest: Array) -> tuple[Array, Array]:
+    """Returns the sum of three numbers as its value and what the value rounds off."""
+    total, lost = two_sum(high, low)
+    return two_sum(total, lost + rest)
+
+
+@functools.partial(_sync.defjvp, symbolic_zeros=True)
+def _sync_jvp(axis_name, groups, primals, tangents):
+    mean, rest, var, count = primals
+    tangents = tangents[0], *tangents[2:]  # the rest moves with the mean
+    out = _sync(mean, rest, var, count, axis_name, groups)
+    apart = mean - out[0]
+    tmean, tvar, tcount = (
+        jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+        for primal, tangent in zip((mean, var, count), tangents, strict=True)
+    )
+    terms = [count * tmean, count * tvar + 2 * count * apart * tmean]
+    if not isinstance(tangents[2], SymbolicZero):
+        terms[0] += apart * tcount
+        terms[1] += (var + jnp.square(apart) - out[1]) * tcount
+        terms.append(tcount)
+    by_mean, by_var, *by_count = _sum(jnp.stack(terms), axis_name, groups)
+    n = divisor(out[2])
+    return out, (by_mean / n, by_var / n, by_count[0] if by_count else jnp.zeros_like(n))
+
+
+def _sum(x: Array, axis_name: AxisName, groups: AxisGroups | None) -> Array:
+    """Returns the sum of `x` over the devices, or over those of the group of this one."""
+    if groups is None:
+        return lax.psum(x, axis_name)
+    try:
+        return lax.psum(x, axis_name, axis_index_groups=groups)
+    except NotImplementedError:
+        # Under vmap and under the varying-axes check JAX has no groups: every group sums
+        # into a slot of its own.
+        member = {device: slot for slot, group in enumerate(groups) for device in group}
+        slots = jnp.array([member[device] for device in sorted(member)])
+        mine = slots[lax.axis_index(axis_name)] == jnp.arange(len(groups))
+        spread = jnp.where(mine.reshape(-1, *[1] * x.ndim), x[None], 0)
+        picked = jnp.where(mine.reshape(-1, *[1] * x.ndim), lax.psum(spread, axis_name), 0)
+        return picked.sum(0)

@@ -1,0 +1,45 @@
+"""The programs run as their headers say, on less of everything."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SHORT = {
+    "mnist.py": ["--epochs", "2", "--out", "{tmp}/mnist.png"],
+}
+
+
+def run(program, *arguments):
+    return subprocess.run(
+        [sys.executable, EXAMPLES / program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("program", SHORT)
+def test_a_program_runs(program, tmp_path):
+    done = run(program, *(word.format(tmp=tmp_path) for word in SHORT[program]))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for word in SHORT[program]:
+        if word.endswith(".png"):
+            assert (tmp_path / "mnist.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        (["--epochs", "0"], "epochs"),
+        (["--momentum", "1.5"], "momentum"),
+        (["--batch-size", "5000"], "batch-size"),
+        (["--out", "nowhere/mnist.png"], "out"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_any_work(arguments, fact):
+    done = run("mnist.py", *arguments)
+    assert done.returncode == 2
+    assert f"--{fact}: must be" in done.stderr
