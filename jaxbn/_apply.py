@@ -66,7 +66,15 @@ def apply_layer(
     if groups is not None and mode is not False:
         groups.check(x.shape, axes)
     batch = x, prepare_weights(weights, x, axes), adjustment, options
-    return _run(layer, mode, groups, flag, params, state, batch, residual)
+    try:
+        return _run(layer, mode, groups, flag, params, state, batch, residual)
+    except NotImplementedError as error:
+        if bn.axis_index_groups is None:
+            raise
+        raise NotImplementedError(
+            f"JAX has no axis_index_groups under vmap, got {bn.axis_index_groups}. Use "
+            "pmap or shard_map, or nest two vmaps and name the inner one, a group."
+        ) from error
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)

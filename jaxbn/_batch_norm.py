@@ -52,7 +52,8 @@ class BatchNorm:
         feature_axes: The axis or axes that keep statistics of their own: -1 for channels
             last, 1 for channels first.
         momentum: The decay m of the running statistics, new = m old + (1 - m) batch; None
-            for the mean of all batches so far.
+            for the mean of all batches so far. They need some 3 / (1 - m) steps to forget
+            their initial values: in short trainings use 0.9, or `debias`.
         epsilon: Added to the variance inside the square root.
         use_scale: Whether the result is multiplied by a trained scale.
         use_bias: Whether a trained bias is added.

@@ -34,8 +34,8 @@ class Groups(NamedTuple):
         if shape[0] % self.size:
             raise ValueError(
                 f"virtual_batch_size={self.size} does not divide the batch of {shape[0]} "
-                f"rows. Drop the last {shape[0] % self.size} rows, or pad them and give "
-                "the padding weight 0."
+                f"rows. Drop the last {shape[0] % self.size} rows, or choose a size that "
+                "divides it."
             )
 
     def axes(self, axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,7 +13,9 @@ class Normalizer(Protocol):
     """What every kind of normalization is: a value with two pure functions.
 
     Whatever has these two methods works wherever a `BatchNorm` does. `apply` may take
-    further keywords, such as `weights`.
+    further keywords, such as `weights`. Make it a frozen dataclass, and register it with
+    `jax.tree_util.register_static`, if it is to pass through `jax.jit` as BatchNorm does,
+    without tracing again for an equal value.
 
     Example:
         >>> import jax.numpy as jnp, jaxbn

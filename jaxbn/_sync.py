@@ -150,22 +150,24 @@ def axis_groups(num_devices: int, group_size: int) -> AxisGroups:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _sync(mean, rest, var, count, axis_name, groups):
-    # n mean and n mean^2, whose difference cancels, travel as leading halves, which add
-    # up without rounding, and rests.
+    # n, n mean and n mean^2, of which nearly all cancels, travel as leading halves, which
+    # add up without rounding, and rests.
     total, total_rest = two_product(count, mean)
     square, square_rest = two_product(total, mean)
     square_rest += (total_rest + 2 * count * rest) * mean
     total_rest += count * rest
-    words = [count, count * var]
+    words = [count * var, *halves(count)]
     words += [*halves(total), total_rest]
     words += [*halves(square), square_rest]
-    count, within, *words = _sum(jnp.stack(words), axis_name, groups)
-    total, total_rest = _normal(*words[:3])
-    square, square_rest = _normal(*words[3:])
+    within, *words = _sum(jnp.stack(words), axis_name, groups)
+    count, count_rest = two_sum(*words[:2])
+    total, total_rest = _normal(*words[2:5])
+    square, square_rest = _normal(*words[5:])
 
     n = divisor(count)
     mean = settled(total / n)
     product, product_rest = two_product(mean, n)
+    product_rest += mean * count_rest
     mean_rest = ((total - product) - product_rest + total_rest) / n
     product, product_rest = two_product(mean, total)
     cross = mean * total_rest + mean_rest * total

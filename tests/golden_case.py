@@ -22,7 +22,8 @@ class Case:
 
     def __getitem__(self, key):
         if self._arrays is None:
-            self._arrays = np.load(self._file, allow_pickle=False)
+            with np.load(self._file, allow_pickle=False) as arrays:
+                self._arrays = dict(arrays)
         return self._arrays[key]
 
     @property

@@ -6,12 +6,12 @@ is run is told in `tests/golden_<system>.py`, by a function `run(case)`.
 
 import json
 
-from tests import golden_truth
+from tests import golden_tf1, golden_truth
 from tests.golden_case import Case
 
-RUNNERS = {"truth": golden_truth.run}
+RUNNERS = {"tf1": golden_tf1.run, "truth": golden_truth.run}
 # Systems whose cases wait for the part of the library that speaks their language.
-WAITING = ("tf1", "torch", "linen", "nnx", "haiku", "eqx", "keras")
+WAITING = ("torch", "linen", "nnx", "haiku", "eqx", "keras")
 
 
 def pytest_generate_tests(metafunc):

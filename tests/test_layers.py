@@ -10,18 +10,48 @@ LAYERS = (
     {"_axes", "_dtypes", "_double", "_state", "_vma"},
     {"_weights"},
     {"_moments", "_normalize"},
-    {"_sync"},
-    {"_groups", "_renorm_limits", "_running"},
+    {"_groups", "_renorm_limits", "_running", "_sync"},
     {"_normalizer"},
     {"_apply"},
     {"_batch_norm"},
     {"_dropout", "_ema", "_functions", "_renorm"},
     {"_ghost"},
+    {"tf1._arguments", "tf1._axes", "tf1._paths", "tf1._variables"},
+    {
+        "tf1._dropout",
+        "tf1._form",
+        "tf1._moments",
+        "tf1._moving_averages",
+        "tf1._normalization",
+    },
+    {"tf1._layer"},
+    {"tf1._batch_norm", "tf1._batch_normalization"},
+    {"tf1.__init__"},
     {"__init__"},
+    {"_flax_call", "_flax_restore"},
+    {"_linen_stats", "_linen_train", "_nnx_norm", "_nnx_train"},
+    {"_linen_norm"},
+    {"linen", "nnx"},
 )
-# The room that may import a package besides jax and the standard library.
+STANDARD = {
+    "collections",
+    "dataclasses",
+    "functools",
+    "math",
+    "operator",
+    "typing",
+    "warnings",
+}
+# The packages that a room may import besides jax and the standard library.
 PACKAGES = {"_normalizer": {"numpy"}}
-ROOMS = {path.stem: path for path in Path(jaxbn.__file__).parent.glob("*.py")}
+FLAX = {"_flax_call", "_flax_restore", "_linen_norm", "_linen_stats", "_linen_train", "linen"}
+FLAX |= {"_nnx_norm", "_nnx_train", "nnx"}
+PACKAGES |= {room: {"flax"} for room in FLAX}
+ROOT = Path(jaxbn.__file__).parent
+ROOMS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in ROOT.rglob("*.py")
+}
 ABOVE = {room: set().union(*LAYERS[:i]) for i, layer in enumerate(LAYERS) for room in layer}
 
 
@@ -39,14 +69,13 @@ def test_every_room_has_a_layer():
 
 def test_no_room_imports_from_below_or_beside():
     for room, path in ROOMS.items():
-        own = {name.split(".")[1] for name in imports(path) if name.startswith("jaxbn.")}
+        own = {name[len("jaxbn.") :] for name in imports(path) if name.startswith("jaxbn.")}
         assert own <= ABOVE[room], f"{room} imports {own - ABOVE[room]}"
 
 
 def test_the_core_imports_jax_and_nothing_else():
-    standard = {"collections", "dataclasses", "functools", "math", "operator", "typing"}
     for room, path in ROOMS.items():
-        packages = {name.split(".")[0] for name in imports(path)} - standard
+        packages = {name.split(".")[0] for name in imports(path)} - STANDARD
         assert packages <= {"jax", "jaxbn", *PACKAGES.get(room, ())}, room
 
 

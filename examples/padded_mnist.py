@@ -1,0 +1,122 @@
+"""The MNIST network on batches that devices share unevenly: padding, mask and loss.
+
+No program: pmap_training.py, shard_map_training.py and multihost.py import it. A batch is
+filled up with images of weight 0, so that every device has an array of the same size, and
+neither the statistics nor the loss see the padding.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import mnist
+import numpy as np
+import optax
+
+import jaxbn
+
+LEARNING_RATE = 2.0
+MOMENTUM = 0.9
+
+
+class Batch(NamedTuple):
+    """Images with labels, each with weight 1, or 0 where it only fills up the batch."""
+
+    images: np.ndarray  # [N, 784] in [0, 1]
+    labels: np.ndarray  # [N]
+    weights: np.ndarray  # [N]
+
+
+def pad(images: np.ndarray, labels: np.ndarray, size: int) -> Batch:
+    """Returns the images as a batch of `size`."""
+    missing = size - len(images)
+    return Batch(
+        np.pad(np.asarray(images), ((0, missing), (0, 0))),
+        np.pad(np.asarray(labels), (0, missing)),
+        (np.arange(size) < len(images)).astype(np.float32),
+    )
+
+
+def epoch(
+    rng: np.random.Generator, data: mnist.Batch, batch_size: int, parts: int
+) -> Iterator[Batch]:
+    """Yields all images in random order, in batches that divide into equal parts."""
+    images, labels = map(np.asarray, data)
+    order = rng.permutation(len(images))
+    size = math.ceil(batch_size / parts) * parts
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield pad(images[rows], labels[rows], size)
+
+
+def model(
+    params: mnist.Params,
+    stats: mnist.Stats,
+    batch: Batch,
+    normalizer: jaxbn.Normalizer,
+    training: bool,
+) -> tuple[jax.Array, mnist.Stats]:
+    """Returns the logits and the new stats, to which the padding adds nothing."""
+    x, new_stats = batch.images, []
+    for layer, state in zip(params["hidden"], stats, strict=True):
+        x, state = normalizer.apply(
+            layer["norm"], state, x @ layer["kernel"], training, weights=batch.weights
+        )
+        new_stats.append(state)
+        x = jax.nn.sigmoid(x)
+    return x @ params["output"]["kernel"] + params["output"]["bias"], new_stats
+
+
+def summed_loss(
+    params: mnist.Params, stats: mnist.Stats, batch: Batch, normalizer: jaxbn.Normalizer
+) -> tuple[jax.Array, mnist.Stats]:
+    """Returns the sum of the losses of the images that are no padding, and the new stats."""
+    logits, new_stats = model(params, stats, batch, normalizer, training=True)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return (losses * batch.weights).sum(), new_stats
+
+
+def sgd(num_steps: int) -> optax.GradientTransformation:
+    """Returns the optimizer of mnist.py, whose learning rate decays linearly to 0."""
+    return optax.sgd(optax.linear_schedule(LEARNING_RATE, 0, num_steps))
+
+
+def choose_devices(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
+    """Returns epochs, batch_size, seed, and `devices` as a list; a CPU plays any number."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--devices", type=int, default=8, help="how many share a batch")
+    add("--epochs", type=int, default=6, help="passes over the training images")
+    add("--batch-size", type=int, default=60, help="images in one step, on all devices")
+    add("--seed", type=int, default=0, help="of the weights and the order of the images")
+    args = parser.parse_args(argv)
+    for option in ("devices", "epochs", "batch_size"):
+        if getattr(args, option) < 1:
+            name = option.replace("_", "-")
+            parser.error(f"argument --{name}: must be at least 1, got {args.devices}")
+    if args.seed < 0:
+        parser.error(f"argument --seed: must be at least 0, got {args.seed}")
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    if len(jax.devices()) < args.devices:
+        parser.error(
+            f"argument --devices: there are {len(jax.devices())}, got {args.devices}. "
+            "Set JAX_PLATFORMS=cpu to let the CPU play them."
+        )
+    args.devices = jax.devices()[: args.devices]
+    return args
+
+
+def largest_difference(tree: mnist.TrainState) -> float:
+    """Returns by how much the replicas of a state differ: 0, or something is wrong."""
+    return max(map(float, jaxbn.replica_differences(tree).values()))
+
+
+def report(test_set: mnist.Batch, train_state: mnist.TrainState, difference: float) -> None:
+    """Prints the accuracy with the running statistics, and whether the replicas agree."""
+    params, stats, _ = train_state
+    _, accuracy, _ = mnist.evaluate(params, stats, test_set, jaxbn.BatchNorm())
+    print(f"\nTest accuracy: {accuracy:.3f}. Largest difference of replicas: {difference:g}")

@@ -1,0 +1,53 @@
+"""Arguments of TensorFlow, checked as it did and brought to the words of the core."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxbn._renorm_limits import RenormLimits, check_limits
+from jaxbn._typing import Array, is_traced
+
+_LIMITS = {"rmin": "r_min", "rmax": "r_max", "dmax": "d_max"}
+_NO_LIMITS = RenormLimits(r_min=0.0, r_max=jnp.inf, d_max=jnp.inf)
+
+
+def to_axes(axis: Any) -> int | tuple[int, ...]:
+    """Returns `axis` as the core takes it."""
+    axes = axis if isinstance(axis, list) else [axis]
+    if not all(isinstance(each, int) for each in axes):
+        raise TypeError(
+            f"axis must be an int or a list of ints, got {axis!r} of type "
+            f"{type(axis).__name__}. Write axis=-1 or, for several axes, axis=[1, 2]."
+        )
+    return tuple(axes) if isinstance(axis, list) else axis
+
+
+def to_limits(renorm: bool, clipping: Mapping[str, Any] | None) -> RenormLimits | None:
+    """Returns the limits of renorm, where a missing one is none, or None without renorm."""
+    if not renorm:
+        return None
+    clipping = clipping or {}
+    unknown = sorted(set(clipping) - set(_LIMITS))
+    if unknown:
+        raise ValueError(
+            f"renorm_clipping may hold {', '.join(_LIMITS)}, got {', '.join(unknown)}. "
+            "Rename or drop what is not among them."
+        )
+    limits = _NO_LIMITS._replace(**{_LIMITS[key]: value for key, value in clipping.items()})
+    check_limits(limits)
+    return limits
+
+
+def check_decay(name: str, decay: float | Array) -> None:
+    """Raises unless `decay` is a number in [0, 1], as far as it is known."""
+    if decay is None or isinstance(decay, (bool, str)) or jnp.ndim(decay) != 0:
+        raise TypeError(
+            f"{name} must be a number or a scalar array, got {decay!r}. It is the share of "
+            "the old average in the new one; 0.99 is usual."
+        )
+    if not is_traced(decay) and not 0 <= decay <= 1:
+        raise ValueError(
+            f"{name} must lie in [0, 1], got {decay}. It is the share of the old average "
+            "in the new one; 0.99 is usual."
+        )
