@@ -72,7 +72,7 @@ def model(
 def summed_loss(
     params: mnist.Params, stats: mnist.Stats, batch: Batch, normalizer: jaxbn.Normalizer
 ) -> tuple[jax.Array, mnist.Stats]:
-    """Returns the sum of the losses of the images that are no padding, and the new stats."""
+    """Returns the sum of the losses of all images but the padding, and the new stats."""
     logits, new_stats = model(params, stats, batch, normalizer, training=True)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     return (losses * batch.weights).sum(), new_stats
@@ -94,12 +94,10 @@ def choose_devices(argv: Sequence[str] | None, description: str) -> argparse.Nam
     add("--batch-size", type=int, default=60, help="images in one step, on all devices")
     add("--seed", type=int, default=0, help="of the weights and the order of the images")
     args = parser.parse_args(argv)
-    for option in ("devices", "epochs", "batch_size"):
-        if getattr(args, option) < 1:
-            name = option.replace("_", "-")
-            parser.error(f"argument --{name}: must be at least 1, got {args.devices}")
-    if args.seed < 0:
-        parser.error(f"argument --seed: must be at least 0, got {args.seed}")
+    for option, least in (("devices", 1), ("epochs", 1), ("batch-size", 1), ("seed", 0)):
+        value = getattr(args, option.replace("-", "_"))
+        if value < least:
+            parser.error(f"argument --{option}: must be at least {least}, got {value}")
     jax.config.update("jax_num_cpu_devices", args.devices)
     if len(jax.devices()) < args.devices:
         parser.error(
@@ -110,13 +108,10 @@ def choose_devices(argv: Sequence[str] | None, description: str) -> argparse.Nam
     return args
 
 
-def largest_difference(tree: mnist.TrainState) -> float:
-    """Returns by how much the replicas of a state differ: 0, or something is wrong."""
-    return max(map(float, jaxbn.replica_differences(tree).values()))
-
-
-def report(test_set: mnist.Batch, train_state: mnist.TrainState, difference: float) -> None:
+def report(
+    test_set: mnist.Batch, train_state: mnist.TrainState, differences: dict[str, float]
+) -> None:
     """Prints the accuracy with the running statistics, and whether the replicas agree."""
     params, stats, _ = train_state
     _, accuracy, _ = mnist.evaluate(params, stats, test_set, jaxbn.BatchNorm())
-    print(f"\nTest accuracy: {accuracy:.3f}. Largest difference of replicas: {difference:g}")
+    print(f"\nTest accuracy: {accuracy:.3f}. Replicas: {differences or 'all equal'}")

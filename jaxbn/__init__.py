@@ -23,6 +23,8 @@ from jaxbn._renorm import BatchRenorm as BatchRenorm
 from jaxbn._renorm import RenormStats as RenormStats
 from jaxbn._renorm_limits import RenormLimits as RenormLimits
 from jaxbn._renorm_limits import renorm_limits as renorm_limits
+from jaxbn._replicas import replica_differences as replica_differences
+from jaxbn._replicas import sync_state as sync_state
 from jaxbn._running import update_running as update_running
 from jaxbn._state import BatchNormParams as BatchNormParams
 from jaxbn._state import BatchStats as BatchStats

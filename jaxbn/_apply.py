@@ -14,10 +14,10 @@ from jaxbn._groups import Groups
 from jaxbn._moments import exact_moments
 from jaxbn._normalize import affine_map
 from jaxbn._normalizer import check_adjustment, check_fields, check_residual, split_mode
+from jaxbn._placement import join_axes, reshard_like, vary_alike
 from jaxbn._state import BatchNormParams
 from jaxbn._sync import check_axis, sync_exact
 from jaxbn._typing import Array, Pair
-from jaxbn._vma import vary_alike
 from jaxbn._weights import hide_unweighted, prepare_weights
 
 
@@ -108,7 +108,8 @@ def _run(layer, mode, groups, flag, params, state, batch, residual):
             return statistics, new_state
 
         statistics, state = _choose(mode, flag, from_batch, lambda: (running, state))
-        y = affine_map(seen, *statistics, bn.epsilon, bn.dtype).reshape(x.shape)
+        y = affine_map(seen, *statistics, bn.epsilon, bn.dtype)
+        y = y if groups is None else join_axes(y, x)
         if residual is not None:
             y = y + residual.astype(y.dtype)
         return y if bn.activation is None else bn.activation(y), state
@@ -118,10 +119,17 @@ def _where_seen(batch, running: Statistics, axes: tuple[int, ...]) -> Statistics
     """Returns the statistics of the batch, or the running ones of features it lacks."""
     seen = expand(batch.count > 0, axes)
     mean, var = (
-        jnp.where(seen, expand(new, axes), old.astype(new.dtype))
+        _where(seen, expand(new, axes), old.astype(new.dtype))
         for new, old in ((batch.mean, running.mean), (batch.var, running.var))
     )
     return running._replace(mean=mean, var=var)
+
+
+def _where(seen: Array, new: Array, old: Array) -> Array:
+    """Returns `jnp.where`, whose types must agree where they tell of shardings."""
+    if old.shape == new.shape:
+        old = reshard_like(old, new)
+    return jnp.where(reshard_like(seen, new), new, old)
 
 
 def _compose(statistics: Statistics, factor: Array, offset: Array) -> Statistics:

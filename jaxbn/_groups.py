@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._moments import Moments, pool_moments
+from jaxbn._placement import split_axis
 from jaxbn._typing import Array, Shape
 
 
@@ -48,12 +49,10 @@ class Groups(NamedTuple):
         rows = array.shape[0]
         if rows == 1:
             return array[None]
-        split = (self.size, -1) if self.strided else (-1, self.size)
-        return array.reshape(*split, *array.shape[1:])
-
-    def join(self, array: Array, shape: Shape) -> Array:
-        """Undoes `split` of an array of `shape`."""
-        return array.reshape(shape)
+        groups = rows // self.size
+        return split_axis(
+            array, (self.size, groups) if self.strided else (groups, self.size)
+        )
 
     def merge(self, parts: Moments) -> Moments:
         """Returns the moments to track, given those of the groups along the first axis."""

@@ -8,8 +8,8 @@ from jax import lax
 
 from jaxbn._axes import as_axes, expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_dtype, as_float, real_part, upcast, widest
+from jaxbn._placement import vary_over, varying_axes
 from jaxbn._typing import Array, Axes, DTypeLike
-from jaxbn._vma import vary_over, varying_axes
 
 
 def normalize(

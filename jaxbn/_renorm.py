@@ -11,6 +11,7 @@ from jax.nn import initializers
 from jaxbn._apply import apply_layer
 from jaxbn._batch_norm import BatchNorm
 from jaxbn._moments import Moments
+from jaxbn._placement import reshard_like
 from jaxbn._renorm_limits import RenormLimits, check_limits
 from jaxbn._running import check_momentum, is_sound, move
 from jaxbn._state import BatchNormParams
@@ -222,6 +223,7 @@ class BatchRenorm:
         limits: Any = None,
     ) -> tuple[Pair, RenormStats]:
         state, batch = lax.stop_gradient((state, batch))
+        batch = Moments(*(reshard_like(array, state.mean) for array in batch))
         epsilon = self.bn.epsilon
         std = jnp.sqrt(batch.var + epsilon)
         sound = is_sound(batch, std)

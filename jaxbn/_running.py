@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._moments import Moments
+from jaxbn._placement import reshard_like
 from jaxbn._state import BatchStats
 from jaxbn._typing import Array, is_traced
 
@@ -126,6 +127,7 @@ def tracked(
     # Without the stop, differentiating a loss through two steps would differentiate the
     # first batch's statistics again.
     state, batch = lax.stop_gradient((state, batch))
+    batch = Moments(*(reshard_like(array, state.mean) for array in batch))
     var = batch.var * _bessel(batch.count, ddof)
     sound = is_sound(batch, var)
     rate, weight = _rate(state, momentum)

@@ -25,6 +25,8 @@ PUBLIC = {
     "dropout": "(key, x, rate, training, *, broadcast_axes, scaled_at)",
     "renorm_limits": "(step, *, start, r_steps, d_steps, r_max, d_max)",
     "axis_groups": "(num_devices, group_size)",
+    "replica_differences": "(tree, *, axis)",
+    "sync_state": "(state, axis_name, *, weight, axis_index_groups)",
     "sync_moments": "(moments, axis_name, *, axis_index_groups)",
     "init": "(num_features, normalizer, **options)",
     "merge_moments": "(a, b)",

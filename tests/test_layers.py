@@ -7,7 +7,7 @@ import jaxbn
 
 LAYERS = (
     {"_typing"},
-    {"_axes", "_dtypes", "_double", "_state", "_vma"},
+    {"_axes", "_dtypes", "_double", "_state", "_placement"},
     {"_weights"},
     {"_moments", "_normalize"},
     {"_groups", "_renorm_limits", "_running", "_sync"},
@@ -15,7 +15,7 @@ LAYERS = (
     {"_apply"},
     {"_batch_norm"},
     {"_dropout", "_ema", "_functions", "_renorm"},
-    {"_ghost"},
+    {"_ghost", "_replicas"},
     {"tf1._arguments", "tf1._axes", "tf1._paths", "tf1._variables"},
     {
         "tf1._dropout",
@@ -35,6 +35,7 @@ LAYERS = (
 )
 STANDARD = {
     "collections",
+    "types",
     "dataclasses",
     "functools",
     "math",
@@ -43,8 +44,15 @@ STANDARD = {
     "warnings",
 }
 # The packages that a room may import besides jax and the standard library.
-PACKAGES = {"_normalizer": {"numpy"}}
-FLAX = {"_flax_call", "_flax_restore", "_linen_norm", "_linen_stats", "_linen_train", "linen"}
+PACKAGES = {"_normalizer": {"numpy"}, "_replicas": {"numpy"}}
+FLAX = {
+    "_flax_call",
+    "_flax_restore",
+    "_linen_norm",
+    "_linen_stats",
+    "_linen_train",
+    "linen",
+}
 FLAX |= {"_nnx_norm", "_nnx_train", "nnx"}
 PACKAGES |= {room: {"flax"} for room in FLAX}
 ROOT = Path(jaxbn.__file__).parent

@@ -311,6 +311,95 @@ def test_ghost_batches_span_devices():
     np.testing.assert_allclose(after.var[0], stats.var, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("state_spec", [P(), P("m")])
+def test_the_state_of_a_channel_sharded_model_keeps_its_type(kind, state_spec):
+    grid = jax.make_mesh((4, 2), ("d", "m"), axis_types=(kind, kind))
+    x = np.random.default_rng(0).normal(size=(8, 5, 4)).astype(np.float32) + 3
+    for layer in (jaxbn.BatchNorm(), jaxbn.BatchRenorm()):
+        params, state = layer.init(4)
+        want, stats = layer.apply(params, state, x, True)
+        with jax.set_mesh(grid):
+            spread = jax.device_put(x, NamedSharding(grid, P("d", None, "m")))
+            params, state = jax.device_put((params, state), NamedSharding(grid, state_spec))
+
+            @jax.jit
+            def steps(params, state, x, layer=layer):
+                def body(state, _):
+                    y, state = layer.apply(params, state, x, True)
+                    return state, y
+
+                return jax.lax.scan(body, state, length=1)
+
+            after, y = steps(params, state, spread)
+            np.testing.assert_allclose(y[0], want, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(after.var, stats.var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_ghost_batches_within_a_shard_cost_no_collective(kind, size):
+    layer = jaxbn.GhostBatchNorm(jaxbn.BatchNorm(), size)
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    params, state = layer.init(4)
+    want, _ = layer.apply(params, state, x, True)
+
+    def loss(x, params):
+        y, _ = layer.apply(params, state, x, True)
+        return (y**3).sum(), y
+
+    with jax.set_mesh(mesh(kind)):
+        spread = jax.device_put(x, NamedSharding(mesh(kind), P("d")))
+        params = jax.device_put(params, NamedSharding(mesh(kind), P()))
+        run = jax.jit(jax.grad(loss, has_aux=True)).lower(spread, params).compile()
+        np.testing.assert_allclose(run(spread, params)[1], want, rtol=1e-4, atol=1e-5)
+    spans = size > 8
+    assert ("all-reduce(" in run.as_text() or "all-to-all(" in run.as_text()) == spans
+
+
+def test_replicas_that_tracked_alone_pool_into_one_state():
+    x, _, _ = draw("full", (3,))
+    rows = np.array([6, 1, 5, 2, 6, 3, 4, 0])
+    weights = (np.arange(ROWS) < rows[:, None]).astype(np.float32)
+    flat, flat_weights = x.reshape(-1, 3), weights.reshape(-1)
+    for layer in (jaxbn.BatchNorm(momentum=0.0), jaxbn.BatchNorm(momentum=None)):
+        params, state = layer.init(3)
+
+        def alone(x, w, n, layer=layer, params=params, state=state):
+            _, after = layer.apply(params, state, x, True, weights=w)
+            return after, jaxbn.sync_state(after, "d", weight=n)
+
+        after, pooled = jax.pmap(alone, axis_name="d")(x, weights, rows.astype(np.float32))
+        assert jaxbn.replica_differences(after, axis=0).keys() >= {".mean", ".var"}
+        assert jaxbn.replica_differences(pooled, axis=0) == {}
+        _, want = layer.apply(params, state, flat, True, weights=flat_weights)
+        first = jax.tree.map(lambda leaf: leaf[0], pooled)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), first, want)
+
+
+def test_replicas_of_batch_renormalization_pool_their_deviations():
+    layer = jaxbn.BatchRenorm(jaxbn.BatchNorm(momentum=0.0), momentum=0.0)
+    params, state = layer.init(3)
+    x, _, _ = draw("full", (3,))
+    run = lambda x: jaxbn.sync_state(layer.apply(params, state, x, True)[1], "d")
+    pooled = jax.tree.map(lambda leaf: leaf[0], jax.pmap(run, axis_name="d")(x))
+    _, want = layer.apply(params, state, x.reshape(-1, 3), True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), pooled, want)
+
+
+def test_copies_of_a_replicated_array_are_compared():
+    broken = jax.shard_map(
+        lambda x: x.mean(0), mesh=mesh(), in_specs=P("d"), out_specs=P(), check_vma=False
+    )(jnp.arange(8.0)[:, None])
+    assert jaxbn.replica_differences({"mean": broken}) == {"['mean']": 7.0}
+    assert jaxbn.replica_differences(jnp.array([[np.nan], [np.nan]]), axis=0) == {}
+    assert jaxbn.replica_differences(jnp.array([[np.nan], [1.0]]), axis=0) == {"": np.inf}
+    with pytest.raises(TypeError, match="float"):
+        jaxbn.replica_differences({"mean": 1.0})
+    with pytest.raises(TypeError, match="dict"):
+        jax.vmap(lambda x: jaxbn.sync_state({"mean": x}, "d"), axis_name="d")(jnp.ones(2))
+
+
 def test_mistakes_about_axes_are_explained():
     layer = jaxbn.BatchNorm(axis_name="d")
     params, state = layer.init(3)

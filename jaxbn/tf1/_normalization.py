@@ -59,8 +59,8 @@ def nn_batch_normalization(
         shape = jnp.broadcast_shapes(*shapes)
     except ValueError:
         raise ValueError(
-            f"x, the moments and the parameters do not broadcast, got shapes {shapes}. Keep "
-            "the reduced dimensions: tf1.moments(x, axes, keep_dims=True)."
+            f"x, the moments and the parameters do not broadcast, got shapes {shapes}. "
+            "Keep the reduced dimensions: tf1.moments(x, axes, keep_dims=True)."
         ) from None
     x = jnp.broadcast_to(x, shape)
     aligned = (None if a is None else of_rank(a, len(shape)) for a in arrays)

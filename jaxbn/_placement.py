@@ -1,0 +1,72 @@
+"""Where values live on a mesh, as far as their types tell: varying axes and shardings."""
+
+from typing import Any
+
+import jax
+from jax import lax
+
+from jaxbn._typing import Array
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Returns the manual axes over which an array, or its type, differs between devices."""
+    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    # JAX moved the attribute in 0.10.
+    tracked = getattr(kind, "manual_axis_type", None)
+    axes = getattr(kind, "vma", None) if tracked is None else tracked.varying
+    return frozenset(axes or ())
+
+
+def vary_over(x: Array, axes: frozenset[str]) -> Array:
+    """Returns `x` typed as varying over `axes` too; the transpose is one sum over them."""
+    missing = tuple(axes - varying_axes(x))
+    if not missing:
+        return x
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, missing, to="varying")
+    return lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def vary_alike(x: Array, other: Any) -> Array:
+    """Returns `x` typed as varying over what `other`, or its type, varies over too."""
+    return vary_over(x, varying_axes(other))
+
+
+def reshard_like(x: Array, other: Array) -> Array:
+    """Returns `x` with the sharding in the type of `other`, an array of its shape.
+
+    Only meshes of explicit axes have shardings in types; there, types that should agree
+    must be made to.
+    """
+    wanted = jax.typeof(other).sharding
+    if jax.typeof(x).sharding == wanted or not explicit_axes(other) | explicit_axes(x):
+        return x
+    return jax.sharding.reshard(x, wanted)
+
+
+def explicit_axes(x: Array) -> bool:
+    """Tells whether the type of `x` names a mesh axis that one of its own is split over."""
+    return any(entry is not None for entry in jax.typeof(x).sharding.spec)
+
+
+def split_axis(x: Array, sizes: tuple[int, int]) -> Array:
+    """Returns `x` with its first axis divided into two of `sizes`, the first slower."""
+    shape = (*sizes, *x.shape[1:])
+    sharding = jax.typeof(x).sharding
+    if not explicit_axes(x) or sharding.spec[0] is None:
+        return x.reshape(shape)
+    # The devices of the first axis go to the part of it that they divide evenly.
+    names, *others = sharding.spec
+    count = 1
+    for name in names if isinstance(names, tuple) else (names,):
+        count *= sharding.mesh.shape[name]
+    parts = [names if size % count == 0 else None for size in sizes]
+    spec = (parts[0], None if parts[0] else parts[1], *others)
+    return lax.reshape(x, shape, out_sharding=sharding.update(spec=spec))
+
+
+def join_axes(x: Array, like: Array) -> Array:
+    """Undoes `split_axis` of `like`."""
+    if not explicit_axes(like):
+        return x.reshape(like.shape)
+    return lax.reshape(x, like.shape, out_sharding=jax.typeof(like).sharding)

@@ -1,0 +1,134 @@
+"""Replicas that agree: statistics that each device tracked alone, pooled and compared."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._moments import Moments
+from jaxbn._renorm import RenormStats
+from jaxbn._state import BatchStats
+from jaxbn._sync import sync_moments
+from jaxbn._typing import Array, AxisGroups, AxisName, PyTree
+
+
+def sync_state(
+    state: BatchStats | RenormStats,
+    axis_name: AxisName,
+    *,
+    weight: float | Array = 1.0,
+    axis_index_groups: AxisGroups | None = None,
+) -> BatchStats | RenormStats:
+    r"""Returns the state of all replicas pooled into one, the same on every device.
+
+    .. math::
+        \mu = \frac{\sum_d w_d \mu_d}{\sum_d w_d}, \quad
+        \sigma^2 = \frac{\sum_d w_d (\sigma_d^2 + |\mu_d - \mu|^2)}{\sum_d w_d}
+
+    For layers without `axis_name`, whose replicas each track the statistics of their own
+    part of the data, before evaluation or a checkpoint. Called under `pmap`, `shard_map`
+    or `vmap`.
+
+    Args:
+        state: That of this device.
+        axis_name: The mapped axis, or a tuple of them.
+        weight: How much this replica counts, such as the number of rows that it saw.
+        axis_index_groups: Groups of devices that pool among themselves; None for all.
+
+    Returns:
+        A state like `state`; `state` itself where all weights are 0.
+
+    Raises:
+        NameError: There is no such axis here.
+        TypeError: state is not that of a `BatchNorm` or a `BatchRenorm`.
+        ValueError: The groups are no partition of the axis.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbn
+        >>> states = jaxbn.BatchStats(jnp.array([[0.0], [4.0]]), jnp.array([[1.0], [1.0]]))
+        >>> pooled = jax.vmap(lambda s: jaxbn.sync_state(s, "d"), axis_name="d")(states)
+        >>> print(pooled.mean.ravel(), pooled.var.ravel())
+        [2. 2.] [5. 5.]
+
+    Differs from averaging the states with `pmean`, which leaves out how far the means of
+    the replicas lie apart.
+    """
+    if not isinstance(state, (BatchStats, RenormStats)):
+        raise TypeError(
+            f"sync_state pools a BatchStats or a RenormStats, got {type(state).__name__}. "
+            "Map it over the layers of a model: jax.tree.map(..., is_leaf=...)."
+        )
+    count = jnp.broadcast_to(jnp.asarray(weight, state.var.dtype), state.var.shape)
+
+    def pool(mean: Array, var: Array) -> tuple[Array, Array]:
+        pooled = sync_moments(
+            Moments(mean, var, count), axis_name, axis_index_groups=axis_index_groups
+        )
+        some = pooled.count > 0
+        return jnp.where(some, pooled.mean, mean), jnp.where(some, pooled.var, var)
+
+    mean, var = pool(state.mean, state.var)
+    if isinstance(state, BatchStats):
+        shared = state.weight
+        if shared is not None:
+            shared, _ = pool(shared, jnp.zeros_like(shared))
+        return BatchStats(mean, var, shared)
+    # The squares of the tracked deviations are variances plus epsilon, and pool alike.
+    _, square = pool(state.mean, jnp.square(state.std))
+    renorm_mean, renorm_square = pool(state.renorm_mean, jnp.square(state.renorm_std))
+    return RenormStats(mean, var, jnp.sqrt(square), renorm_mean, jnp.sqrt(renorm_square))
+
+
+def replica_differences(tree: PyTree, *, axis: int | None = None) -> dict[str, float]:
+    """Tells whether the replicas of arrays have diverged, and by how much.
+
+    Replicated arrays hold one copy on every device, and nothing keeps the copies equal:
+    statistics that were tracked without `axis_name` under `pmap`, or under `shard_map`
+    with `check_vma=False`, differ silently. Call it outside of any transformation.
+
+    Args:
+        tree: Arrays, such as params and state.
+        axis: None to compare the copies of replicated arrays on this process's devices; an
+            axis of devices, such as the leading one of what `pmap` returns, to compare
+            along it.
+
+    Returns:
+        The largest absolute difference of each array that differs, by its path in the tree;
+        empty if all replicas agree. A NaN agrees with a NaN only.
+
+    Raises:
+        TypeError: A leaf is not an array.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> state = jaxbn.BatchStats(jnp.array([[0.0], [2.0]]), jnp.ones((2, 1)))
+        >>> jaxbn.replica_differences(state, axis=0)
+        {'.mean': 2.0}
+    """
+    differences = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path)
+        if not isinstance(leaf, (jax.Array, np.ndarray)):
+            raise TypeError(
+                f"the leaf {name} must be an array, got {type(leaf).__name__}. Pass the "
+                "arrays of params and state."
+            )
+        if axis is not None:
+            copies = np.moveaxis(np.asarray(leaf), axis, 0)
+        elif isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+            copies = np.stack([shard.data for shard in leaf.addressable_shards])
+        else:
+            continue
+        largest = _largest_difference(copies)
+        if largest > 0:
+            differences[name] = largest
+    return differences
+
+
+def _largest_difference(copies: np.ndarray) -> float:
+    first = copies[:1]
+    same = (copies == first) | ((copies != copies) & (first != first))
+    if same.all():
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(np.where(same, 0, copies - first)).max()
+    return float(np.inf if np.isnan(apart) else apart)
