@@ -6,12 +6,12 @@ is run is told in `tests/golden_<system>.py`, by a function `run(case)`.
 
 import json
 
-from tests import golden_tf1, golden_truth
+from tests import golden_tf1, golden_torch, golden_truth
 from tests.golden_case import Case
 
-RUNNERS = {"tf1": golden_tf1.run, "truth": golden_truth.run}
+RUNNERS = {"tf1": golden_tf1.run, "torch": golden_torch.run, "truth": golden_truth.run}
 # Systems whose cases wait for the part of the library that speaks their language.
-WAITING = ("torch", "linen", "nnx", "haiku", "eqx", "keras")
+WAITING = ("linen", "nnx", "haiku", "eqx", "keras")
 
 
 def pytest_generate_tests(metafunc):
@@ -25,10 +25,15 @@ def pytest_generate_tests(metafunc):
         for meta in json.loads((folder / "manifest.json").read_text())["cases"]
     ]
     if "case" in metafunc.fixturenames:
-        runnable = [case for case in cases if case.system not in WAITING]
+        runnable = [case for case in cases if not waits(case)]
         metafunc.parametrize("case", runnable, ids=str)
     if "systems" in metafunc.fixturenames:
         metafunc.parametrize("systems", [{case.system for case in cases}], ids=["all"])
+
+
+def waits(case):
+    operations = {step["op"] for step in case.meta.get("steps", ())}
+    return case.system in WAITING or operations & golden_torch.WAITING_OPERATIONS
 
 
 def test_case(case):
