@@ -6,12 +6,18 @@ is run is told in `tests/golden_<system>.py`, by a function `run(case)`.
 
 import json
 
-from tests import golden_tf1, golden_torch, golden_truth
+from tests import golden_linen, golden_nnx, golden_tf1, golden_torch, golden_truth
 from tests.golden_case import Case
 
-RUNNERS = {"tf1": golden_tf1.run, "torch": golden_torch.run, "truth": golden_truth.run}
+RUNNERS = {
+    "linen": golden_linen.run,
+    "nnx": golden_nnx.run,
+    "tf1": golden_tf1.run,
+    "torch": golden_torch.run,
+    "truth": golden_truth.run,
+}
 # Systems whose cases wait for the part of the library that speaks their language.
-WAITING = ("linen", "nnx", "haiku", "eqx", "keras")
+WAITING = ("haiku", "eqx", "keras")
 
 
 def pytest_generate_tests(metafunc):

@@ -45,16 +45,10 @@ STANDARD = {
 }
 # The packages that a room may import besides jax and the standard library.
 PACKAGES = {"_normalizer": {"numpy"}, "_replicas": {"numpy"}}
-FLAX = {
-    "_flax_call",
-    "_flax_restore",
-    "_linen_norm",
-    "_linen_stats",
-    "_linen_train",
-    "linen",
-}
-FLAX |= {"_nnx_norm", "_nnx_train", "nnx"}
-PACKAGES |= {room: {"flax"} for room in FLAX}
+LINEN = ("_linen_norm", "_linen_stats", "_linen_train", "linen")
+NNX = ("_nnx_norm", "_nnx_train", "nnx")
+for room in ("_flax_call", "_flax_restore", *LINEN, *NNX):
+    PACKAGES[room] = {"flax", "optax"} if room.endswith("_train") else {"flax"}
 ROOT = Path(jaxbn.__file__).parent
 ROOMS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

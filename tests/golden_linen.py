@@ -1,0 +1,139 @@
+"""Runs the cases that were recorded from `flax.linen.BatchNorm`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxbn.linen
+from tests.golden_case import assert_near
+
+DTYPES = {"dtype", "param_dtype"}
+KNOWN = {"use_running_average", "axis", "momentum", "epsilon", "use_bias", "use_scale"}
+KNOWN |= DTYPES | {"axis_name", "axis_index_groups", "use_fast_variance"}
+KEYS = {"op", "training", "x", "dy", "y", "y_dtype", "grads", "mask", "sgd"}
+KEYS |= {"state_after", "per_device_stats"}
+
+
+def run(case):
+    """Runs every step of a case; what is not known is an error."""
+    assert set(case.kwargs) <= KNOWN, case.kwargs
+    layer = jaxbn.linen.BatchNorm(**arguments(case))
+    start = {name: case[key] for name, key in case.meta["init_state"].items()}
+    variables = check_init(layer, start, case)
+    for step in case.steps:
+        variables = run_step(case, layer, step, variables)
+
+
+def arguments(case):
+    """Returns the arguments of the layer, translated from JSON."""
+    kwargs = {k: jnp.dtype(v) if k in DTYPES else v for k, v in case.kwargs.items()}
+    return {
+        k: tuple(v) if k == "axis" and isinstance(v, list) else v for k, v in kwargs.items()
+    }
+
+
+def check_init(layer, start, case):
+    """Returns the variables before the first step, in which only params may be random."""
+    x = jnp.zeros(case.meta["shape"], case.meta["dtype"])
+    variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    flat = {**variables.get("params", {}), **variables["batch_stats"]}
+    assert flat.keys() == start.keys()
+    for name in ("mean", "var"):
+        np.testing.assert_array_equal(flat[name], start[name])
+    return {
+        collection: {
+            name: jnp.asarray(start[name], leaf.dtype) for name, leaf in tree.items()
+        }
+        for collection, tree in variables.items()
+    }
+
+
+def forward(layer, variables, x, step, mask, mapped):
+    """Returns the output and the statistics, of every device where x is spread."""
+
+    def on_device(x):
+        y, updates = layer.apply(
+            variables,
+            x,
+            use_running_average=not step["training"],
+            mask=mask,
+            mutable=["batch_stats"],
+        )
+        return y, updates["batch_stats"]
+
+    return (
+        on_device(x) if mapped is None else mapped(on_device, axis_name=layer.axis_name)(x)
+    )
+
+
+def check_output(case, step, scale, y, grads):
+    assert y.dtype == step["y_dtype"]
+    near = near_of(case)
+    near(y, step["y"], "y")
+    assert grads.keys() == step["grads"].keys()
+    # A gradient of the params is a sum over the batch, of which much cancels.
+    summed = np.abs(case[step["dy"]]).sum() / case[step["dy"]].shape[-1]
+    for name, array in grads.items():
+        terms = slope_times_dy(case, step, scale) if name == "x" else summed
+        near(array, step["grads"][name], f"gradient of {name}", terms=terms)
+
+
+def slope_times_dy(case, step, scale):
+    """Returns the size of the terms that cancel in the gradient of x, for every feature."""
+    x, dy = case[step["x"]], case[step["dy"]]
+    if not step["training"] or case.kwargs.get("axis", -1) != -1:
+        return 0.0
+    axes = tuple(range(x.ndim - 1))
+    std = np.sqrt(x.var(axes) + case.kwargs.get("epsilon", 1e-5))
+    # A step of SGD leaves the error of the whole vector on the smallest scale.
+    return np.abs(scale).max() * np.abs(dy).max(axes) / std
+
+
+def near_of(case):
+    """Returns the comparison of an array with a recorded one; vectors as a whole."""
+
+    def near(got, key, what, terms=0.0):
+        want = case[key]
+        if want.ndim == 1:
+            terms = max(terms, np.abs(want).max())
+        assert_near(got, want, case.tolerance, what, terms=terms)
+
+    return near
+
+
+def run_step(case, layer, step, variables):
+    assert step.keys() <= KEYS, step.keys()
+    x = jnp.asarray(case[step["x"]]).astype(case.meta["dtype"])
+    dy = jnp.asarray(case[step["dy"]], jnp.float32)
+    mask = jnp.asarray(case[step["mask"]]) if "mask" in step else None
+    mapped = None
+    if "shards" in case.meta:
+        mapped = jax.pmap if "jax.pmap" in case.meta["note"] else jax.vmap
+    params = variables.get("params", {})
+
+    def outputs(params, x):
+        return forward(layer, {**variables, "params": params}, x, step, mask, mapped)
+
+    def loss(params, x):
+        return (outputs(params, x)[0].astype(jnp.float32) * dy).sum()
+
+    y, stats = outputs(params, x)
+    grads, by_x = jax.grad(loss, argnums=(0, 1))(params, x)
+    check_output(case, step, params.get("scale", 1.0), y, {**grads, "x": by_x})
+    near = near_of(case)
+    if mapped is not None:
+        for name, key in step.get("per_device_stats", {}).items():
+            near(stats[name], key, f"{name} of every device")
+        if step["training"]:
+            stats = jax.tree.map(lambda leaf: leaf[0], stats)
+        else:
+            stats = variables["batch_stats"]
+    if step["sgd"] is not None:
+        assert sorted(step["sgd"]["params"]) == sorted(params)
+        rate = step["sgd"]["lr"]
+        params = {n: p - jnp.asarray(rate, p.dtype) * grads[n] for n, p in params.items()}
+    after = {**params, **stats}
+    assert after.keys() == step["state_after"].keys()
+    for name, key in step["state_after"].items():
+        near(after[name], key, f"{name} after the step")
+    return {"params": params, "batch_stats": stats}
