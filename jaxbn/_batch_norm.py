@@ -79,7 +79,7 @@ class BatchNorm:
         Reducing Internal Covariate Shift", 2015.
 
     Differs from Flax in the dtype of the result, which is x's unless asked otherwise,
-    and in what the numerics page lists. Differs from PyTorch in `momentum`, which is one
+    and in what docs/numerics.md lists. Differs from PyTorch in `momentum`, which is one
     minus PyTorch's, and `ddof`, which is 1 there.
     """
 

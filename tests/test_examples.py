@@ -9,6 +9,8 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = {
     "mnist.py": ["--epochs", "2", "--out", "{tmp}/mnist.png"],
+    "resnet.py": ["--epochs", "1", "--checkpoints", "{tmp}/linen"],
+    "resnet_nnx.py": ["--epochs", "1", "--checkpoints", "{tmp}/nnx"],
     "tf1/contrib_comparison.py": ["--epochs", "1"],
     "tf1/dense_elu.py": ["--epochs", "1"],
     "tf1/handwritten_dropout.py": ["--epochs", "1"],
