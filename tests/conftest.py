@@ -26,3 +26,10 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Frees what a file of tests compiled, which is gigabytes over the whole suite."""
+    yield
+    jax.clear_caches()
