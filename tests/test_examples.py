@@ -9,6 +9,8 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = {
     "mnist.py": ["--epochs", "2", "--out", "{tmp}/mnist.png"],
+    "pmap_training.py": ["--epochs", "1", "--devices", "2"],
+    "shard_map_training.py": ["--epochs", "1", "--devices", "2"],
     "resnet.py": ["--epochs", "1", "--checkpoints", "{tmp}/linen"],
     "resnet_nnx.py": ["--epochs", "1", "--checkpoints", "{tmp}/nnx"],
     "tf1/contrib_comparison.py": ["--epochs", "1"],

@@ -1,0 +1,297 @@
+"""Counts what batch normalization sends in compiled programs: `python -m tests.topologies`.
+
+Compiles, and never runs, a training step of LAYERS layers (matrix product, normalization,
+ReLU) for 8 and 64 CPU devices and, where libtpu is installed, for the TPU topologies v5e
+2x2 (4 chips) and 16x16 (256 chips). No TPU is needed:
+
+    python3 -m venv tpu && tpu/bin/pip install -e . 'jax[tpu]' flax
+    tpu/bin/python -m tests.topologies
+
+prints the tables of docs/scale.md in 4 minutes on two cores (jax 0.10.2, libtpu 0.0.42.1)
+and fails where a count differs from the documented one.
+"""
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+from jaxbn._double import two_product, two_sum
+
+LAYERS, CHANNELS, GROUP = 4, 256, 4
+IMAGE = (32, 56, 56, CHANNELS)  # the shard of a device, in bfloat16
+PLACES = {"cpu:8": 8, "cpu:64": 64, "v5e:2x2": 4, "v5e:16x16": 256}
+BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
+
+# Of one layer: all-reduces forward, and forward and backward, and the vectors of CHANNELS
+# floats that they carry, likewise. The same wherever it is compiled for.
+COUNTS = {
+    ("jaxbn", "jit"): ((2, 3), (3, 5)),
+    ("jaxbn", "shard_map"): ((1, 2), (9, 11)),
+    ("flax", "jit"): ((1, 2), (2, 5)),
+    ("flax", "shard_map"): ((1, 2), (2, 5)),
+}
+# Vectors forward where GROUP neighbours share statistics, by how the groups are named.
+GROUPED = {
+    "two mesh axes": ({"groups": "mesh"}, lambda devices: 9),
+    "axis_index_groups, check_vma=False": (
+        {"groups": "index", "check_vma": False},
+        lambda devices: 9,
+    ),
+    "axis_index_groups": ({"groups": "index"}, lambda devices: 9 * devices // GROUP),
+}
+# Operations on floats that sums and products of twice the precision consist of.
+OPERATIONS = ("add", "subtract", "multiply", "and", "bitcast_convert")
+
+
+def devices(place):
+    """Returns the devices of a place, which need not exist."""
+    if place.startswith("cpu"):
+        return jax.devices()
+    return topologies.get_topology_desc(platform="tpu", topology_name=place).devices
+
+
+def normalize_by_jaxbn(axis_name=None, groups=None):
+    """Returns `(variables, x) -> (y, new state)`, and the variables."""
+    bn = jaxbn.BatchNorm(axis_name=axis_name, axis_index_groups=groups)
+
+    def normalize(variables, x):
+        return bn.apply(*variables, x, True)
+
+    return normalize, jax.eval_shape(lambda: bn.init(CHANNELS))
+
+
+def normalize_by_flax(axis_name=None, groups=None):
+    bn = linen.BatchNorm(
+        use_running_average=False,
+        axis_name=axis_name,
+        axis_index_groups=groups,
+        dtype=jnp.bfloat16,
+    )
+
+    def normalize(variables, x):
+        params, stats = variables
+        both = {"params": params, "batch_stats": stats}
+        y, new = bn.apply(both, x, mutable=["batch_stats"])
+        return y, new["batch_stats"]
+
+    x = jnp.zeros((1, CHANNELS), jnp.bfloat16)
+    # init wants no mapped axis.
+    shapes = jax.eval_shape(lambda: bn.clone(axis_name=None).init(jax.random.key(0), x))
+    return normalize, (shapes["params"], shapes["batch_stats"])
+
+
+LIBRARIES = {"jaxbn": normalize_by_jaxbn, "flax": normalize_by_flax}
+
+
+def forward(normalize, layers, kernels, x):
+    new = []
+    for (params, state), kernel in zip(layers, kernels, strict=True):
+        x, state = normalize((params, state), x @ kernel)
+        new.append(state)
+        x = jax.nn.relu(x)
+    return jnp.square(x.astype(jnp.float32)).sum(), new
+
+
+def step(normalize, layers, kernels, x):
+    """Returns the new states, and the gradients by the layers' params and by x.
+
+    None by the kernels, so that whatever is summed over devices is of the normalization.
+    """
+    params, states = zip(*layers, strict=True)
+
+    def loss(params, x):
+        return forward(normalize, zip(params, states, strict=True), kernels, x)
+
+    return jax.grad(loss, (0, 1), has_aux=True)(params, x)
+
+
+def compiled(place, library, style, *, backward, groups=None, check_vma=True):
+    """Returns the program of one device, compiled for a place."""
+    kinds = np.array(devices(place))
+    mesh, axes, names = Mesh(kinds, ("d",)), "d", ("d",)
+    if groups == "mesh":
+        mesh, names = Mesh(kinds.reshape(-1, GROUP), ("g", "d")), ("g", "d")
+    members = jaxbn.axis_groups(kinds.size, GROUP) if groups == "index" else None
+    spread, whole = P(names), P()
+    normalize, variables = LIBRARIES[library](
+        axes if style == "shard_map" else None, members
+    )
+    run = functools.partial(step if backward else only_states, normalize)
+    if style == "shard_map":
+        # States of groups differ between devices; the tables ask for what is sent only.
+        outputs = whole if groups is None else spread
+        run = jax.shard_map(
+            functools.partial(_ranked, run) if groups else run,
+            mesh=mesh,
+            in_specs=(whole, whole, spread),
+            out_specs=((whole, spread), outputs) if backward and not groups else outputs,
+            check_vma=check_vma,
+        )
+
+    def shaped(leaf, spec):
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    layers = [jax.tree.map(lambda leaf: shaped(leaf, whole), variables)] * LAYERS
+    kernel = shaped(jax.ShapeDtypeStruct((CHANNELS, CHANNELS), jnp.bfloat16), whole)
+    image = jax.ShapeDtypeStruct((IMAGE[0] * kinds.size, *IMAGE[1:]), jnp.bfloat16)
+    arguments = layers, [kernel] * LAYERS, shaped(image, spread)
+    return jax.jit(run).lower(*arguments).compile()
+
+
+def _ranked(run, *arguments):
+    return jax.tree.map(lambda leaf: leaf[None], run(*arguments))
+
+
+def only_states(normalize, layers, kernels, x):
+    return forward(normalize, layers, kernels, x)[1]
+
+
+def all_reduces(program):
+    """Returns the number of all-reduces of a program, and the bytes that they sum."""
+    found = re.findall(r"= (\S.*?) all-reduce(?:-start)?\(", program.as_text())
+    sizes = [
+        BYTES[kind] * math.prod(int(size) for size in shape.split(",") if size)
+        for result in found
+        for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", result)
+        if kind in BYTES
+    ]
+    return len(found), sum(sizes)
+
+
+def measure(place):
+    """Returns what a place's programs send, as {row: numbers}."""
+    plain = {}
+    for library, style in COUNTS:
+        programs = [
+            compiled(place, library, style, backward=backward) for backward in (False, True)
+        ]
+        counts, sizes = zip(*map(all_reduces, programs), strict=True)
+        memory = programs[1].memory_analysis().peak_memory_in_bytes
+        plain[f"{library} {style}"] = [counts, sizes, memory]
+    grouped = {}
+    for name, (options, _) in GROUPED.items():
+        program = compiled(place, "jaxbn", "shard_map", backward=False, **options)
+        grouped[name] = all_reduces(program)
+    return {"plain": plain, "grouped": grouped, "exact": operations(place)}
+
+
+def operations(place):
+    """Returns the floating operations of exact sums and products, written and compiled."""
+    mesh = Mesh(np.array(devices(place)), ("d",))
+    array = jax.ShapeDtypeStruct((1024,), jnp.float32, sharding=NamedSharding(mesh, P()))
+    counts = {}
+    for function in (two_sum, two_product):
+        written = jax.jit(function).lower(array, array)
+        texts = written.as_text(), written.compile().as_text()
+        counts[function.__name__] = [
+            [
+                len(re.findall(pattern.format(name), text))
+                for name in (OPERATIONS if text is texts[0] else _hyphens(OPERATIONS))
+            ]
+            for text, pattern in zip(texts, (r"stablehlo\.{} ", r" {}\("), strict=True)
+        ]
+    return counts
+
+
+def _hyphens(names):
+    return [name.replace("_", "-") for name in names]
+
+
+def check(place, got):
+    """Fails where a compiled program differs from what docs/scale.md says."""
+    vector = LAYERS * CHANNELS * 4
+    for (library, style), (counts, vectors) in COUNTS.items():
+        seen_counts, seen_sizes, _ = got["plain"][f"{library} {style}"]
+        want = [LAYERS * count for count in counts], [vector * size for size in vectors]
+        assert (seen_counts, seen_sizes) == want, (place, library, style, got)
+    for name, (_, vectors) in GROUPED.items():
+        want = [LAYERS, vector * vectors(PLACES[place])]
+        assert got["grouped"][name] == want, (place, name, got)
+    if not place.startswith("cpu"):
+        # A compiler for the CPU fuses and repeats some; a TPU's keeps every single one.
+        for name, (written, kept) in got["exact"].items():
+            assert written == kept, (place, name, written, kept)
+
+
+def print_tables(results):
+    print("| place | | all-reduces of a layer | bytes of a layer | peak memory |")
+    print("|---|---|---|---|---|")
+    for place, got in results.items():
+        for name, (counts, sizes, memory) in got["plain"].items():
+            cells = (
+                " + ".join(f"{n // LAYERS:,}" for n in (pair[0], pair[1] - pair[0]))
+                for pair in (counts, sizes)
+            )
+            print(
+                f"| {place} | {name} |", " | ".join(cells), f"| {memory / 2**20:.0f} MiB |"
+            )
+    print("\n| place | groups of 4 by | all-reduces of a layer forward | bytes |")
+    print("|---|---|---|---|")
+    for place, got in results.items():
+        for name, (count, size) in got["grouped"].items():
+            print(f"| {place} | {name} | {count // LAYERS} | {size // LAYERS:,} |")
+
+
+def run(place):
+    """Returns `measure(place)` from a process of its own, with as many devices."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        # What a machine without a TPU must say to have programs compiled for one.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }
+    if place.startswith("cpu"):
+        environment["JAX_NUM_CPU_DEVICES"] = str(PLACES[place])
+    command = [sys.executable, "-m", "tests.topologies", place]
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=1200,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    if sys.argv[1:]:
+        print(json.dumps(measure(sys.argv[1])))
+        return
+    results, skipped = {}, []
+    for place in PLACES:
+        if not place.startswith("cpu") and importlib.util.find_spec("libtpu") is None:
+            skipped.append(place)
+            continue
+        results[place] = run(place)
+        check(place, results[place])
+    print(f"jax {jax.__version__}, flax {flax.__version__}\n")
+    print_tables(results)
+    if skipped:
+        print(
+            f"\nSKIPPED {', '.join(skipped)}: there is no libtpu here. "
+            "Run pip install 'jax[tpu]' in a virtual environment of its own."
+        )
+
+
+if __name__ == "__main__":
+    main()
