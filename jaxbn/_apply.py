@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._affine_map import affine_map
 from jaxbn._axes import expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_float, widest
 from jaxbn._groups import Groups
+from jaxbn._isolation import as_input
 from jaxbn._moments import exact_moments
-from jaxbn._normalize import affine_map
 from jaxbn._normalizer import check_adjustment, check_fields, check_residual, split_mode
-from jaxbn._placement import join_axes, reshard_like, vary_alike
+from jaxbn._placement import reshard_like, vary_alike
 from jaxbn._state import BatchNormParams
 from jaxbn._sync import check_axis, sync_exact
 from jaxbn._typing import Array, Pair
+from jaxbn._view import view_of
 from jaxbn._weights import hide_unweighted, prepare_weights
 
 
@@ -81,38 +83,32 @@ def apply_layer(
 def _run(layer, mode, groups, flag, params, state, batch, residual):
     bn = layer._settings()
     x, weights, adjustment, options = batch
-    axes = reduction_axes(bn.feature_axes, x.shape)
-    groups = None if mode is False else groups
-
-    def aligned(array: Array) -> Array:
-        """Gives an array of the features, or of x's rank, the rank that x has below."""
-        array = expand(array, axes) if array.ndim < x.ndim else array
-        return array if groups is None else groups.split(array)
+    view = view_of(x, bn.feature_axes, None if mode is False else groups)
+    # A function that is not known to work by elements must see the shape that x has.
+    plain = view.groups is None and not view.merged
+    fused = bn.activation if plain or bn.activation is jax.nn.relu else None
 
     with jax.named_scope(f"jaxbn.{type(layer).__name__}"):
-        seen = aligned(hide_unweighted(x, weights))
-        running = jax.tree.map(aligned, Statistics(state.mean, state.var, *params))
+        seen = as_input(view.of(hide_unweighted(x, weights)), recomputes=fused is not None)
+        running = jax.tree.map(view.of, Statistics(state.mean, state.var, *params))
 
         def from_batch():
-            used = axes if groups is None else groups.axes(axes)
-            parts, rest = exact_moments(seen, jax.tree.map(aligned, weights), used)
+            parts, rest = exact_moments(seen, jax.tree.map(view.of, weights), view.axes)
             if bn.axis_name is not None:
                 parts = sync_exact(parts, rest, bn.axis_name, bn.axis_index_groups)
-            whole = parts if groups is None else groups.merge(parts)
+            whole = parts if view.groups is None else view.groups.merge(parts)
             correction, new_state = layer._track(whole, state, **options)
-            statistics = _where_seen(parts, running, used)
+            statistics = _where_seen(parts, running, view.axes)
             # The correction touches the normalized batch first, then the adjustment does.
             for pair in (adjustment, correction):
                 if pair is not None:
-                    statistics = _compose(statistics, *map(aligned, pair))
+                    statistics = _compose(statistics, *map(view.of, pair))
             return statistics, new_state
 
         statistics, state = _choose(mode, flag, from_batch, lambda: (running, state))
-        y = affine_map(seen, *statistics, bn.epsilon, bn.dtype)
-        y = y if groups is None else join_axes(y, x)
-        if residual is not None:
-            y = y + residual.astype(y.dtype)
-        return y if bn.activation is None else bn.activation(y), state
+        added = jax.tree.map(view.of, residual)
+        y = view.back(affine_map(seen, *statistics, bn.epsilon, bn.dtype, added, fused), x)
+        return y if bn.activation is fused else bn.activation(y), state
 
 
 def _where_seen(batch, running: Statistics, axes: tuple[int, ...]) -> Statistics:

@@ -1,18 +1,17 @@
 """Mean, variance and count of a batch, and how those of two batches merge."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
-from jaxbn._axes import as_axes, expand, reduction_axes
-from jaxbn._double import settled, two_sum
-from jaxbn._dtypes import as_float, real_part, upcast
+from jaxbn._axes import as_axes, reduction_axes
+from jaxbn._dtypes import as_float
+from jaxbn._isolation import Input, as_input
 from jaxbn._typing import Array, Axes
+from jaxbn._variance import count_elements, divisor, mean_and_var
 from jaxbn._weights import hide_unweighted, prepare_weights
 
 
@@ -84,101 +83,26 @@ def moments(x: Array, *, feature_axes: Axes = -1, weights: Array | None = None) 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def _moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
-    return batch_moments(hide_unweighted(x, weights), weights, axes)
+    return batch_moments(as_input(hide_unweighted(x, weights)), weights, axes)
 
 
-def batch_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
+def batch_moments(x: Input, weights: Array | None, axes: tuple[int, ...]) -> Moments:
     """Returns the moments of `x` over `axes`, given prepared weights and no hidden NaN."""
     return exact_moments(x, weights, axes)[0]
 
 
 def exact_moments(
-    x: Array, weights: Array | None, axes: tuple[int, ...]
+    x: Input, weights: Array | None, axes: tuple[int, ...]
 ) -> tuple[Moments, Array]:
     """Returns the moments of `x`, and what the rounding of its mean left out."""
-    count = _count(x, weights, axes)
-    if jnp.iscomplexobj(x):
-        re, im = (_mean_and_var(part, weights, count, axes) for part in (x.real, x.imag))
+    count = count_elements(x.value, weights, axes)
+    if jnp.iscomplexobj(x.value):
+        parts = (jax.tree.map(part, x) for part in (jnp.real, jnp.imag))
+        re, im = (mean_and_var(part, weights, count, axes) for part in parts)
         mean, rest = (lax.complex(re[i], im[i]) for i in (0, 1))
         return Moments(mean, re[2] + im[2], count), rest
-    mean, rest, var = _mean_and_var(x, weights, count, axes)
+    mean, rest, var = mean_and_var(x, weights, count, axes)
     return Moments(mean, var, count), rest
-
-
-def _count(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Array:
-    features = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
-    if weights is None:
-        size = math.prod(x.shape[axis] for axis in axes)
-        return jnp.full(features, size, real_part(upcast(x).dtype))
-    # Axes along which the weights are constant multiply them instead of being summed.
-    repeats = math.prod(x.shape[axis] for axis in axes if weights.shape[axis] == 1)
-    return jnp.broadcast_to(jnp.sum(weights * repeats, axes), features)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _mean_and_var(
-    x: Array, weights: Array | None, count: Array, axes: tuple[int, ...]
-) -> tuple[Array, Array, Array]:
-    rough = settled(_mean(upcast(x), weights, count, axes))
-    centered = upcast(x) - expand(rough, axes)
-    # The rounding of `rough` would enter the variance squared. Its own deviation from
-    # the mean, which exact arithmetic would make 0, corrects both.
-    slip = settled(_mean(centered, weights, count, axes))
-    spread = _mean(centered, weights, count, axes, times=centered)
-    return *two_sum(rough, slip), jnp.maximum(spread - jnp.square(slip), 0)
-
-
-@functools.partial(_mean_and_var.defjvp, symbolic_zeros=True)
-def _mean_and_var_jvp(axes, primals, tangents):
-    x, weights, count = primals
-    tx, tweights, _ = tangents  # the terms of `tweights` hold what the count would add
-    mean, rest, var = _mean_and_var(x, weights, count, axes)
-    tmean, tvar = jnp.zeros_like(mean), jnp.zeros_like(var)
-    if not isinstance(tx, SymbolicZero):
-        by_x = _tangent_of_x(axes, x, weights, count, mean, tx)
-        tmean, tvar = tmean + by_x[0], tvar + by_x[1]
-    if weights is not None and not isinstance(tweights, SymbolicZero):
-        by_weights = _tangent_of_weights(axes, x, count, mean, var, tweights)
-        tmean, tvar = tmean + by_weights[0], tvar + by_weights[1]
-    return (mean, rest, var), (tmean, jnp.zeros_like(rest), tvar)
-
-
-# Checkpointed, so that the backward pass keeps x in its own dtype and centers it again,
-# instead of keeping the centered copy.
-@functools.partial(jax.checkpoint, static_argnums=0)
-def _tangent_of_x(axes, x, weights, count, mean, tx):
-    centered = upcast(x) - expand(mean, axes)
-    tmean = _mean(upcast(tx), weights, count, axes)
-    return tmean, 2 * _mean(centered, weights, count, axes, times=upcast(tx))
-
-
-@functools.partial(jax.checkpoint, static_argnums=0)
-def _tangent_of_weights(axes, x, count, mean, var, tweights):
-    centered = upcast(x) - expand(mean, axes)
-    excess = jnp.square(centered) - expand(var, axes)
-    return tuple(_mean(t, tweights, count, axes) for t in (centered, excess))
-
-
-def _mean(
-    x: Array,
-    weights: Array | None,
-    count: Array,
-    axes: tuple[int, ...],
-    *,
-    times: Array | None = None,
-) -> Array:
-    """Returns the weighted mean of `x`, or of x times `times`, and 0 of nothing.
-
-    The weight comes first in the product: 0 times a square that overflowed is NaN.
-    """
-    weighted = x if weights is None else x * weights
-    product = weighted if times is None else weighted * times
-    return jnp.sum(product, axes) / divisor(count)
-
-
-def divisor(count: Array) -> Array:
-    """Returns what to divide a sum by: `count`, or 1 where nothing was summed."""
-    return jnp.where(count > 0, count, jnp.ones_like(count))
 
 
 def pool_moments(parts: Moments) -> Moments:

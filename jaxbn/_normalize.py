@@ -1,14 +1,11 @@
-"""The affine map that normalizes, its derivative and the dtype of its result."""
+"""Normalization by given statistics."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
-from jax import lax
 
+from jaxbn._affine_map import affine_map
 from jaxbn._axes import as_axes, expand, feature_shape, reduction_axes
-from jaxbn._dtypes import as_dtype, as_float, real_part, upcast, widest
-from jaxbn._placement import vary_over, varying_axes
+from jaxbn._dtypes import as_dtype, as_float
+from jaxbn._isolation import as_input
 from jaxbn._typing import Array, Axes, DTypeLike
 
 
@@ -79,7 +76,7 @@ def normalize(
         name: None if array is None else expand(jnp.asarray(array), axes)
         for name, array in arrays.items()
     }
-    return affine_map(x, **wide, epsilon=epsilon, dtype=as_dtype(dtype))
+    return affine_map(as_input(x), **wide, epsilon=epsilon, dtype=as_dtype(dtype))
 
 
 def check_epsilon(epsilon: float) -> None:
@@ -89,68 +86,3 @@ def check_epsilon(epsilon: float) -> None:
             f"epsilon must be positive, got {epsilon}. It keeps a constant feature from "
             "dividing by 0; 1e-5 is usual."
         )
-
-
-@functools.partial(jax.jit, static_argnames=("epsilon", "dtype"), inline=True)
-def affine_map(
-    x: Array,
-    mean: Array,
-    var: Array,
-    scale: Array | None,
-    bias: Array | None,
-    epsilon: float,
-    dtype: DTypeLike | None,
-) -> Array:
-    """Returns `normalize` of checked arguments, each of x's rank and broadcast to x."""
-    present = [array for array in (mean, scale, bias) if array is not None]
-    wide = widest(upcast(x).dtype, *(array.dtype for array in present))
-    if dtype is None:
-        dtype = wide if jnp.issubdtype(wide, jnp.complexfloating) else x.dtype
-    scale, bias = (None if array is None else array.astype(wide) for array in (scale, bias))
-    return _affine(
-        x, mean.astype(wide), var.astype(real_part(wide)), scale, bias, epsilon, dtype
-    )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
-def _affine(x, mean, var, scale, bias, epsilon, dtype):
-    y = (x.astype(mean.dtype) - mean) * _slope(_inverse(var, epsilon), scale, mean.dtype)
-    return (y if bias is None else y + bias).astype(dtype)
-
-
-@_affine.defjvp
-def _affine_jvp(epsilon, dtype, primals, tangents):
-    x, mean, var, scale, bias = primals
-    tx, tmean, tvar, tscale, tbias = tangents
-    y = _affine(x, mean, var, scale, bias, epsilon, dtype)
-    inverse = _inverse(var, epsilon)
-    slope = _slope(inverse, scale, mean.dtype)
-    # Multiplied up one factor at a time: the cube of `inverse` underflows where `var` is
-    # above 1e25, although the product with the tangent does not.
-    tslope = _slope(-0.5 * inverse * (inverse * (inverse * tvar)), scale, mean.dtype)
-    if tscale is not None:
-        tslope = tslope + inverse.astype(mean.dtype) * tscale
-    toffset = -slope * tmean if tbias is None else tbias - slope * tmean
-    if varying_axes(x) - varying_axes(tslope) or varying_axes(x) - varying_axes(toffset):
-        # Typed as differing between devices in one piece, so that one sum over devices
-        # brings both gradients back.
-        both = jnp.stack(jnp.broadcast_arrays(tslope, toffset))
-        tslope, toffset = vary_over(both, varying_axes(x))
-    return y, _affine_tangent(dtype, x, mean, slope, tx, tslope, toffset)
-
-
-# Checkpointed, so that the backward pass keeps x in its own dtype and centers it again,
-# instead of keeping the centered copy.
-@functools.partial(jax.checkpoint, static_argnums=0)
-def _affine_tangent(dtype, x, mean, slope, tx, tslope, toffset):
-    centered = x.astype(mean.dtype) - mean
-    return (tx.astype(mean.dtype) * slope + centered * tslope + toffset).astype(dtype)
-
-
-def _inverse(var: Array, epsilon: float) -> Array:
-    return lax.rsqrt(var + jnp.asarray(epsilon, var.dtype))
-
-
-def _slope(inverse: Array, scale: Array | None, dtype: jnp.dtype) -> Array:
-    inverse = inverse.astype(dtype)
-    return inverse if scale is None else inverse * scale

@@ -14,6 +14,7 @@ AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
 AxisGroups: TypeAlias = tuple[tuple[int, ...], ...]
 PyTree: TypeAlias = Any
 Pair: TypeAlias = tuple[jax.Array, jax.Array]
+Activation: TypeAlias = Callable[..., jax.Array]
 Initializer: TypeAlias = Callable[[Any, Shape, Any], jax.Array]
 
 

@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 
 from jaxbn._dtypes import as_float
+from jaxbn._isolation import as_input
 from jaxbn._moments import batch_moments
 from jaxbn._typing import Array
 from jaxbn._weights import hide_unweighted, prepare_weights
@@ -88,7 +89,7 @@ def _moments(
 ) -> tuple[Array, Array]:
     axes = canonical(axes, x.ndim)
     weights = prepare_weights(weights, x, axes)
-    mean, var, _ = batch_moments(hide_unweighted(x, weights), weights, axes)
+    mean, var, _ = batch_moments(as_input(hide_unweighted(x, weights)), weights, axes)
     if keep_dims:
         mean, var = jnp.expand_dims(mean, axes), jnp.expand_dims(var, axes)
     return mean.astype(x.dtype), var.astype(x.dtype)

@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 
+from jaxbn._affine_map import affine_map
 from jaxbn._batch_norm import BatchNorm
 from jaxbn._dtypes import as_float
-from jaxbn._normalize import affine_map
+from jaxbn._isolation import as_input
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array
 from jaxbn.tf1._axes import feature_axis, of_rank
@@ -64,7 +65,7 @@ def nn_batch_normalization(
         ) from None
     x = jnp.broadcast_to(x, shape)
     aligned = (None if a is None else of_rank(a, len(shape)) for a in arrays)
-    return affine_map(x, *aligned, epsilon=variance_epsilon, dtype=None)  # pyright: ignore[reportArgumentType]
+    return affine_map(as_input(x), *aligned, epsilon=variance_epsilon, dtype=None)  # pyright: ignore[reportArgumentType]
 
 
 def fused_batch_norm(

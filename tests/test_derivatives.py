@@ -1,0 +1,132 @@
+"""Derivatives of every kind against finite differences of the oracle, where x is large.
+
+Arrays this large take the formulations of the platform, which those of the laws do not.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+from tests import oracle
+
+SHAPE = 40, 6, 10, 8
+ACTIVATIONS = {
+    "none": (None, lambda y: y),
+    "relu": (jax.nn.relu, lambda y: np.maximum(y, 0)),
+    "tanh": (jnp.tanh, np.tanh),
+}
+CASES = list(itertools.product(ACTIVATIONS, (False, True), (-1, 1)))
+
+
+class Problem:
+    """A scalar function of x, scale, bias and residual, in jaxbn and in float64 NumPy."""
+
+    def __init__(self, activation, residual, feature_axes):
+        rng = np.random.default_rng(0)
+        self.activation, self.wide_activation = ACTIVATIONS[activation]
+        features = SHAPE[feature_axes]
+        self.bn = jaxbn.BatchNorm(feature_axes=feature_axes, activation=self.activation)
+        self.weights = rng.standard_normal(SHAPE)
+        # With a bias this large no element is near the kink of a ReLU.
+        bias = np.where(np.arange(features) % 2, 9.0, -9.0)
+        self.values = {
+            "x": 3 + 2 * rng.standard_normal(SHAPE),
+            "scale": 1 + 0.1 * rng.standard_normal(features),
+            "bias": bias if activation == "relu" else rng.standard_normal(features),
+        }
+        if residual:
+            self.values["residual"] = 0.1 * rng.standard_normal(SHAPE)
+        self.direction = {
+            name: rng.standard_normal(value.shape) for name, value in self.values.items()
+        }
+
+    def loss(self, values):
+        params = jaxbn.BatchNormParams(values["scale"], values["bias"])
+        _, state = self.bn.init(values["scale"].shape[0])
+        residual = values.get("residual")
+        y, _ = self.bn.apply(params, state, values["x"], True, residual=residual)
+        return (jnp.sin(y) * self.weights.astype(y.dtype)).sum()
+
+    def truth(self, step):
+        """Returns the loss in float64, `step` along the direction."""
+        values = {
+            name: value + step * self.direction[name] for name, value in self.values.items()
+        }
+        state = {"mean": 0 * values["scale"], "var": 1 + 0 * values["scale"]}
+        plain = jaxbn.BatchNorm(feature_axes=self.bn.feature_axes)
+        y, _ = oracle.apply(plain, values, {**state, "weight": None}, values["x"], True)
+        y = self.wide_activation(y + values.get("residual", 0))
+        return (np.sin(y) * self.weights).sum()
+
+    def arrays(self):
+        narrow = lambda tree: {k: jnp.asarray(v, jnp.float32) for k, v in tree.items()}
+        return narrow(self.values), narrow(self.direction)
+
+
+def dot(a, b):
+    return sum(jnp.vdot(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("activation", "residual", "feature_axes"), CASES)
+def test_first_and_second_derivatives_of_every_mode(activation, residual, feature_axes):
+    problem = Problem(activation, residual, feature_axes)
+    values, along = problem.arrays()
+    gradient = jax.grad(problem.loss)
+
+    @jax.jit
+    def derivatives(values, along):
+        first = jax.jvp(problem.loss, (values,), (along,))[1]
+        reverse, forward_over_reverse = jax.jvp(gradient, (values,), (along,))
+        reverse_over_reverse = jax.grad(lambda v: dot(gradient(v), along))(values)
+        seconds = dot(forward_over_reverse, along), dot(reverse_over_reverse, along)
+        return (first, dot(reverse, along)), seconds
+
+    firsts, seconds = derivatives(values, along)
+    h = 1e-4
+    before, at, after = (problem.truth(step) for step in (-h, 0, h))
+    first, second = (after - before) / (2 * h), (after - 2 * at + before) / h**2
+    np.testing.assert_allclose(firsts, first, rtol=2e-4, atol=2e-2)
+    np.testing.assert_allclose(seconds, second, rtol=2e-4, atol=2e-2)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_what_an_activation_captured_is_differentiated(residual):
+    bn = jaxbn.BatchNorm(epsilon=1e-12)
+    params, state = bn.init(8)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE), jnp.float32)
+    added = 0.5 * x if residual else None
+
+    def loss(slope):
+        leaky = jaxbn.BatchNorm(
+            epsilon=1e-12, activation=lambda y: jnp.where(y > 0, y, slope * y)
+        )
+        return leaky.apply(params, state, x, True, residual=added)[0].sum()
+
+    wide = np.asarray(x, np.float64)
+    y = (wide - wide.mean((0, 1, 2))) / wide.std((0, 1, 2)) + (
+        0.5 * wide if residual else 0
+    )
+    np.testing.assert_allclose(jax.grad(loss)(0.1), y[y < 0].sum(), rtol=1e-4)
+
+
+def test_a_gradient_in_bfloat16_is_rounded_once():
+    bn = jaxbn.BatchNorm()
+    params, state = bn.init(8)
+    rng = np.random.default_rng(2)
+    x, d = (jnp.asarray(rng.standard_normal(SHAPE), jnp.bfloat16) for _ in range(2))
+    loss = lambda x: jnp.vdot(
+        bn.apply(params, state, x, True)[0].astype(jnp.float32), d.astype(jnp.float32)
+    )
+    got = np.asarray(jax.jit(jax.grad(loss))(x), np.float64)
+    wide, d = np.asarray(x, np.float64), np.asarray(d, np.float64)
+    axes = 0, 1, 2
+    inverse = 1 / np.sqrt(wide.var(axes) + bn.epsilon)
+    normalized = (wide - wide.mean(axes)) * inverse
+    want = inverse * (d - d.mean(axes) - normalized * (d * normalized).mean(axes))
+    # The nearest of the numbers with 8 digits is at most 2^-8 off, relative to its size.
+    error = np.abs(got - want) / np.maximum(np.abs(want), 1e-2)
+    assert error.max() < 2**-8 * 1.01

@@ -1,0 +1,136 @@
+"""What compiled programs keep, read and compute: facts of speed that no clock disturbs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxbn
+from jaxbn import _variance
+
+SHAPE = 32, 16, 16, 64
+FUSES_SUMS = jax.__version_info__ >= (0, 10)
+
+
+def train(x, **options):
+    fields = {
+        key: options.pop(key) for key in ("activation", "feature_axes") if key in options
+    }
+    bn = jaxbn.BatchNorm(**fields)
+    params, state = bn.init(x.shape[bn.feature_axes])
+    return functools.partial(bn.apply, params, state, training=True, **options)
+
+
+def train_and_gradient(apply):
+    def both(x, dy):
+        y, pull, state = jax.vjp(apply, x, has_aux=True)
+        return y, state, pull(dy)
+
+    return both
+
+
+def large(leaves, x):
+    return sorted((leaf.shape, str(leaf.dtype)) for leaf in leaves if leaf.size >= x.size)
+
+
+@pytest.mark.skipif(not FUSES_SUMS, reason="this JAX fuses no sums on CPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", [None, jax.nn.relu])
+@pytest.mark.parametrize("feature_axes", [-1, 1])
+def test_every_sum_is_fused_and_nothing_of_the_size_of_x_is_stored(
+    dtype, activation, feature_axes
+):
+    shape = SHAPE if feature_axes == -1 else (32, 64, 16, 16)
+    x = jnp.ones(shape, dtype)
+    apply = train(x, activation=activation, feature_axes=feature_axes)
+    # Two sums, and two more in the branch that large means take; two sums backward.
+    for function, arrays, sums in (
+        (apply, (x,), 4),
+        (train_and_gradient(apply), (x, x), 6),
+    ):
+        program = jax.jit(function).lower(*arrays).compile()
+        assert program.as_text().count('"__ynn_fusion"') == sums
+        stored = program.memory_analysis().temp_size_in_bytes
+        # The gradient of a ReLU is stored where the transposed x holds its place no more.
+        allowed = x.nbytes if activation and feature_axes == 1 else 0
+        assert stored <= allowed + 0.01 * x.nbytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", [None, jax.nn.relu, jnp.tanh])
+def test_the_backward_pass_keeps_x_and_vectors_only(dtype, activation):
+    x = jnp.ones(SHAPE, dtype)
+    _, backward = jax.vjp(jax.jit(lambda x: train(x, activation=activation)(x)[0]), x)
+    assert large(jax.tree.leaves(backward), x) == [(x.shape, dtype)]
+
+
+def test_after_a_residual_relu_the_backward_pass_reads_y_instead_of_the_residual():
+    x = jnp.ones(SHAPE, jnp.bfloat16)
+    apply = lambda x, z: train(x, activation=jax.nn.relu, residual=z)(x)[0]
+    _, backward = jax.vjp(jax.jit(apply), x, x)
+    assert large(jax.tree.leaves(backward), x) == [(x.shape, "bfloat16")] * 2
+
+
+def test_a_block_of_convolution_norm_and_relu_keeps_two_activations():
+    x = jnp.ones(SHAPE, jnp.bfloat16)
+    kernels = [jnp.full((3, 3, 64, 64), 0.01, x.dtype)] * 3
+
+    def net(kernels, x):
+        for kernel in kernels:
+            x = lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x, _ = train(x, activation=jax.nn.relu)(x)
+        return x
+
+    _, backward = jax.vjp(jax.jit(net), kernels, x)
+    kept = len(large(jax.tree.leaves(backward), x)) - 1  # but for the input of the net
+    assert kept / len(kernels) <= 2
+
+
+def test_inference_reads_x_once_and_sums_nothing():
+    bn = jaxbn.BatchNorm()
+    params, state = bn.init(SHAPE[-1])
+    x = jnp.ones(SHAPE, jnp.bfloat16)
+    program = jax.jit(lambda x: bn.apply(params, state, x, False)[0]).lower(x).compile()
+    assert " reduce(" not in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes <= 0.01 * x.nbytes
+
+
+def test_a_small_batch_takes_no_detour():
+    x = jnp.ones((8, 32))
+    program = str(jax.make_jaxpr(train_and_gradient(train(x)))(x, x))
+    for detour in ("optimization_barrier", "cond", "platform_index"):
+        assert detour not in program
+
+
+@pytest.mark.parametrize("formulation", [_variance._guarded, _variance._sampled])
+@pytest.mark.parametrize("mean", [0.0, 3.0, 1e2, 1e4, "far apart"])
+@pytest.mark.parametrize("shape", [(64, 64, 4), (8192, 4), (8191, 4)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_each_formulation_keeps_the_digits(formulation, mean, shape, weighted):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal(shape).astype(np.float32)
+    if mean == "far apart":
+        # What a sample would see is one value, and everything else lies far from it.
+        x += 1e4 * (np.arange(x.shape[-2]) % 64 > 0).astype(np.float32)[:, None]
+    else:
+        x += np.float32(mean)
+    axes = tuple(range(len(shape) - 1))
+    weights = rng.integers(0, 3, (*shape[:-1], 1)).astype(np.float32) if weighted else None
+    w = np.ones((*shape[:-1], 1)) if weights is None else weights.astype(np.float64)
+    count = np.broadcast_to(w.sum(axes), shape[-1:])
+    got_mean, rest, got_var = jax.jit(functools.partial(formulation, axes))(
+        jnp.asarray(x),
+        None if weights is None else jnp.asarray(weights),
+        jnp.asarray(count, jnp.float32),
+    )
+    wide = x.astype(np.float64)
+    want_mean = (w * wide).sum(axes) / count
+    want_var = (w * (wide - want_mean) ** 2).sum(axes) / count
+    np.testing.assert_allclose(got_var, want_var, rtol=1e-5)
+    exact = np.asarray(got_mean, np.float64) + np.asarray(rest, np.float64)
+    np.testing.assert_allclose(exact, want_mean, rtol=1e-6, atol=1e-6)
