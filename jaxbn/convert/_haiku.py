@@ -1,0 +1,246 @@
+"""Haiku: `hk.BatchNorm`, with its parameters and its zero-debiased averages."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxbn._batch_norm import BatchNorm
+from jaxbn._state import BatchStats
+from jaxbn._typing import Axes
+from jaxbn.convert._converted import Converted, read_one, write_one
+from jaxbn.convert._debias import share, steps_of
+from jaxbn.convert._dialect import Dialect, Part
+from jaxbn.convert._found import Found, find
+from jaxbn.convert._values import (
+    Values,
+    checked,
+    expanded,
+    per_feature,
+    plain,
+    to_params,
+    to_stats,
+)
+
+_AVERAGES = {
+    f"{role}{kind}": (f"state/*/~/{of}_ema/{name}",)
+    for of, role in (("mean", "mean"), ("var", "var"))
+    for name, kind in (("average", ""), ("hidden", "_hidden"), ("counter", "_counter"))
+}
+_HAIKU = Dialect(
+    "Haiku",
+    "/",
+    {"scale": ("params/*/scale",), "bias": ("params/*/offset",), **_AVERAGES},
+)
+_LAST = ("channels_last", "N...C")
+_FIRST = ("channels_first", "NC...")
+
+
+def from_haiku(
+    arrays: Mapping[str, Any],
+    prefix: str = "",
+    *,
+    decay_rate: float,
+    eps: float = 1e-5,
+    axis: Sequence[int] | None = None,
+    data_format: str = "channels_last",
+) -> Converted:
+    """Returns a batch norm of Haiku's params and state.
+
+    `bn` debiases, and the state holds the average with the share of it that the counter
+    stands for, so that the next batch moves it as it would have in Haiku.
+
+    Args:
+        arrays: `{"params": params, "state": state}`.
+        prefix: The name of the module: `resnet/~/bn`.
+        decay_rate: As the module was made with. What the state tells of it must agree.
+        eps: As the module was made with.
+        axis: The axes that the module averages over; None for all but the channels.
+        data_format: As the module was made with.
+
+    Returns:
+        A `Converted`.
+
+    Raises:
+        ValueError: The layer or one of its averages is missing; an array has the wrong
+            shape, is not finite, or a variance is negative; the averages do not fit
+            `decay_rate` and the counter.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxbn import convert
+        >>> ema = lambda value: {
+        ...     "average": np.full((1, 3), value, "f"),
+        ...     "hidden": np.full((1, 3), value * 0.19, "f"),
+        ...     "counter": np.int32(2),
+        ... }
+        >>> state = {"bn/~/mean_ema": ema(5.0), "bn/~/var_ema": ema(2.0)}
+        >>> arrays = {"params": {}, "state": state}
+        >>> layer = convert.from_haiku(arrays, "bn", decay_rate=0.9)
+        >>> print(layer.state.mean, layer.state.weight.round(2))
+        [5. 5. 5.] [0.19 0.19 0.19]
+
+    References:
+        Haiku, `hk.BatchNorm` and `hk.ExponentialMovingAverage`.
+    """
+    read = _reader(decay_rate, eps, axis, data_format)
+    return read_one(_HAIKU, arrays, prefix, read, _write)
+
+
+def to_haiku(
+    layer: Converted, prefix: str = "", *, ndim: int | None = None
+) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """Returns the entries of a batch norm in Haiku's params and state.
+
+    Give the module `decay_rate = bn.momentum` and `eps = bn.epsilon`. It tracks the
+    biased variance. An average that is not debiased is written with a counter so high
+    that nothing is left to debias.
+
+    Args:
+        layer: A converted layer, or `Converted(bn, params, state)`.
+        prefix: The name of the module.
+        ndim: The rank of x, which the shapes in Haiku have; of a layer that came from
+            Haiku it is known.
+
+    Returns:
+        `{"params": {module: arrays}, "state": {module: arrays}}`.
+
+    Raises:
+        TypeError: `bn` is no `BatchNorm`, or `ndim` is missing.
+        ValueError: A value does not fit the shape or dtype that it had; momentum is None
+            or 1.
+
+    Example:
+        >>> import jaxbn
+        >>> from jaxbn import convert
+        >>> bn = jaxbn.BatchNorm(debias=True)
+        >>> trees = convert.to_haiku(convert.Converted(bn, *bn.init(3)), "bn", ndim=4)
+        >>> trees["params"]["bn"]["scale"].shape, list(trees["state"])
+        ((1, 1, 1, 3), ['bn/~/mean_ema', 'bn/~/var_ema'])
+    """
+    write = functools.partial(_write, ndim=ndim)
+    trees: dict[str, dict[str, dict[str, np.ndarray]]] = {"params": {}, "state": {}}
+    for name, array in write_one(_HAIKU, layer, prefix, write).items():
+        collection, _, rest = name.partition("/")
+        module, _, leaf = rest.rpartition("/")
+        trees[collection].setdefault(module, {})[leaf] = array
+    return trees
+
+
+def find_haiku(
+    arrays: Mapping[str, Any],
+    *,
+    decay_rate: float,
+    eps: float = 1e-5,
+    axis: Sequence[int] | None = None,
+    data_format: str = "channels_last",
+) -> Found:
+    """Returns all batch norms of Haiku's params and state.
+
+    Args:
+        arrays: `{"params": params, "state": state}`.
+        decay_rate: As `from_haiku`, for all of them.
+        eps: As `from_haiku`, for all of them.
+        axis: As `from_haiku`, for all of them.
+        data_format: As `from_haiku`, for all of them.
+
+    Returns:
+        A `Found`.
+
+    Raises:
+        ValueError: What `from_haiku` raises, with every layer that it concerns.
+
+    Example:
+        >>> from jaxbn import convert
+        >>> trees = {"params": {"linear": {}}, "state": {}}
+        >>> len(convert.find_haiku(trees, decay_rate=0.9).layers)
+        0
+    """
+    return find(_HAIKU, arrays, _reader(decay_rate, eps, axis, data_format), _write)
+
+
+def _reader(
+    decay_rate: float, eps: float, axis: Sequence[int] | None, data_format: str
+) -> Any:
+    if data_format not in _LAST + _FIRST:
+        raise ValueError(
+            f"data_format must be one of {_LAST + _FIRST}, got {data_format!r}. Pass the "
+            "one that the module was made with."
+        )
+    channels = 1 if data_format in _FIRST else -1
+    return functools.partial(_read, decay=decay_rate, eps=eps, axis=axis, channels=channels)
+
+
+def _read(
+    part: Part, *, decay: float, eps: float, axis: Sequence[int] | None, channels: int
+) -> Values:
+    ndim = part.need("mean").ndim
+    axes: Axes = channels
+    if axis is not None:
+        reduced = {a % ndim for a in axis}
+        axes = tuple(a for a in range(ndim) if a not in reduced)
+    part.require("var", "mean_hidden", "var_hidden")
+    roles = ("scale", "bias", "mean", "var", "mean_hidden", "var_hidden")
+    read = checked(part, roles, axes)
+    steps = part.count("mean_counter")
+    if part.count("var_counter") != steps:
+        raise ValueError(
+            f"{part.names['mean_counter']} is {steps}, but {part.names['var_counter']} is "
+            f"{part.count('var_counter')}. Both count the same batches."
+        )
+    weight = share(decay, steps)
+    for role in ("mean", "var"):
+        _check_decay(part, role, read.arrays, weight, decay, steps)
+    params, param_dtype = to_params(read)
+    mean, var, seen = to_stats(
+        read.arrays["mean"], read.arrays["var"], np.full(read.features, weight)
+    )
+    bn = BatchNorm(
+        feature_axes=axes,
+        momentum=decay,
+        epsilon=eps,
+        debias=True,
+        use_scale=params.scale is not None,
+        use_bias=params.bias is not None,
+        param_dtype=param_dtype,
+    )
+    return Values(bn, params, BatchStats(mean, var, seen), read.notes)
+
+
+def _check_decay(
+    part: Part,
+    role: str,
+    arrays: Mapping[str, np.ndarray],
+    weight: Any,
+    decay: Any,
+    steps: int,
+) -> None:
+    """Raises unless what is stored twice agrees, which it does only for the right decay."""
+    average, hidden = (arrays[r].astype(np.float64) for r in (role, f"{role}_hidden"))
+    rounding = 16 * float(np.finfo(np.float32).eps)
+    if part.need(role).dtype.itemsize < 4:
+        rounding = 0.05
+    if not np.allclose(average * float(weight), hidden, rtol=rounding, atol=rounding):
+        name = part.names[f"{role}_hidden"]
+        raise ValueError(
+            f"{name} does not fit the average: with decay_rate={decay} and {steps} steps "
+            f"it would be {float(weight):.6g} of it. Pass the decay_rate that the module "
+            "was made with, or set hidden to that."
+        )
+
+
+def _write(
+    layer: Converted, kept: Mapping[str, np.ndarray], ndim: int | None = None
+) -> dict[str, np.ndarray]:
+    bn, state = plain(layer.bn, "Haiku"), layer.state
+    counted = int(kept["mean_counter"].reshape(())) if "mean_counter" in kept else None
+    steps = steps_of(bn, state, counted, "Haiku")
+    weight = share(bn.momentum or 0.0, steps)
+    arrays = per_feature(layer.params, mean=state.mean, var=state.var)
+    if not kept:
+        arrays = expanded(arrays, bn.feature_axes, ndim)
+    for role in ("mean", "var"):
+        arrays[f"{role}_hidden"] = arrays[role] * arrays[role].dtype.type(weight)
+        arrays[f"{role}_counter"] = np.asarray(steps, np.int32)
+    return arrays

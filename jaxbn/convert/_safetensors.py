@@ -1,0 +1,86 @@
+"""The .safetensors format, with the dtypes that NumPy has only through JAX."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+_DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "U64": np.uint64,
+    "I8": np.int8,
+    "I16": np.int16,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "C64": np.complex64,
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+}
+
+
+def read_safetensors(file: BinaryIO, limit: int) -> dict[str, np.ndarray]:
+    """Returns the arrays of a file of at most `limit` bytes of arrays, or raises."""
+    size = file.seek(0, 2)
+    if size > limit:
+        raise ValueError(f"its {size} bytes are more than max_bytes={limit}")
+    file.seek(0)
+    content = file.read()
+    tensors = dict(_package().deserialize(content))
+    arrays = {}
+    for name in _names(content):
+        tensor = tensors[name]
+        if tensor["dtype"] not in _DTYPES:
+            raise ValueError(f"{name!r} has the unknown dtype {tensor['dtype']}")
+        dtype = np.dtype(_DTYPES[tensor["dtype"]])
+        flat = np.frombuffer(tensor["data"], dtype.newbyteorder("<"))
+        arrays[name] = flat.astype(dtype).reshape(tensor["shape"])
+    return arrays
+
+
+def write_safetensors(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes the arrays as the package does."""
+    known = {np.dtype(dtype) for dtype in _DTYPES.values()}
+    for name, array in arrays.items():
+        if array.dtype.newbyteorder("=") not in known:
+            raise ValueError(f"{name!r} has the dtype {array.dtype}, unknown to the format")
+    _package()
+    from safetensors.numpy import save
+
+    plain = {
+        name: np.asarray(array, array.dtype.newbyteorder("="), order="C")
+        for name, array in arrays.items()
+    }
+    file.write(save(plain))
+
+
+def _names(content: bytes) -> list[str]:
+    """Returns the names of a header that the package found sound, or raises on a double."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("it holds two entries of one name")
+        return dict(pairs)
+
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size], object_pairs_hook=once)
+    return [name for name in header if name != "__metadata__"]
+
+
+def _package() -> Any:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            "a .safetensors file needs the package safetensors. "
+            "Install it: pip install safetensors."
+        ) from error
+    return safetensors

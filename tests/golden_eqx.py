@@ -1,0 +1,67 @@
+"""Runs the cases that were recorded from Equinox, through jaxbn.convert."""
+
+import functools
+
+import numpy as np
+
+from jaxbn import convert
+from tests.golden_case import assert_near
+from tests.golden_convert import run_layer
+
+KNOWN = {"mode", "momentum", "eps", "channelwise_affine"}
+NAMES = {"scale": "weight", "bias": "bias"}
+
+
+def run(case):
+    """Runs every step of a case; what is not known is an error.
+
+    With `mode="batch"`, the state as Equinox uses it goes on from the first batch on, and
+    the state as it was intended from the beginning; only its inference is another.
+    """
+    assert set(case.kwargs) <= KNOWN, case.kwargs
+    if case.kwargs["mode"] == "ema":
+        return run_layer(case, reader(case), write, NAMES)
+    run_layer(case, reader(case), write, NAMES, start=1)
+    intended = functools.partial(write, variance="intended")
+    run_layer(case, reader(case, "intended"), intended, NAMES, y=False)
+    check_intended(case)
+
+
+def reader(case, variance="used"):
+    momentum, eps = case.kwargs.get("momentum", 0.99), case.kwargs.get("eps", 1e-5)
+
+    def read(arrays):
+        if arrays.get("first_time"):
+            # The buffers hold nothing yet, and were not recorded.
+            features = len(arrays["weight"])
+            empty = np.full(features, np.nan, np.float32)
+            arrays = {**arrays, "running_mean": empty, "running_var": empty}
+        layer = convert.from_equinox(arrays, momentum=momentum, eps=eps, variance=variance)
+        assert layer.bn.init(2)[0]._fields == layer.params._fields
+        return layer
+
+    return read
+
+
+def write(layer, variance="used"):
+    arrays = convert.to_equinox(layer, variance=variance)
+    if arrays.get("first_time"):
+        del arrays["running_mean"], arrays["running_var"]
+    return arrays
+
+
+def check_intended(case):
+    """The variance without what Equinox adds is the debiased average of the batches'."""
+    momentum = case.kwargs.get("momentum", 0.99)
+    average, seen = 0.0, 0.0
+    for step in case.steps:
+        arrays = {name: case[key] for name, key in step["state_after"].items()}
+        if step["training"]:
+            x = case[step["x"]].astype(np.float64)
+            var = x.var((0, *range(2, x.ndim)))
+            average = momentum * average + (1 - momentum) * var
+            seen = momentum * seen + 1 - momentum
+        layer = reader(case, "intended")(arrays)
+        # What is left of the 1 that it started at was rounded together with it.
+        tolerance = case.tolerance / seen
+        assert_near(layer.state.var, average / seen, tolerance, "intended variance")
