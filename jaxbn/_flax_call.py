@@ -9,6 +9,8 @@ from flax.linen.dtypes import canonicalize_dtype
 
 from jaxbn._batch_norm import BatchNorm
 from jaxbn._dtypes import at_least_float32, widest
+from jaxbn._gather import Gather
+from jaxbn._gathered import Gathered
 from jaxbn._normalizer import Normalizer
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape
@@ -61,7 +63,7 @@ def stats_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
 def call_batch_norm(
     layer: Any,
     params: BatchNormParams,
-    state: BatchStats,
+    state: BatchStats | Gathered,
     x: Array,
     training: bool | Array,
     *,
@@ -69,7 +71,7 @@ def call_batch_norm(
     weights: Array | None,
     synchronize: bool = True,
     together: tuple[Array, ...] = (),
-) -> tuple[Array, BatchStats]:
+) -> tuple[Array, BatchStats | Gathered]:
     """Calls the core for a layer that has the fields of Flax's BatchNorm.
 
     `synchronize` is False while the variables are made: then there is no named axis yet.
@@ -96,17 +98,18 @@ def call_batch_norm(
         use_bias=params.bias is not None,
         axis_name=axis_name,
         axis_index_groups=None if axis_name is None else layer.axis_index_groups,
-        dtype=_result_dtype(layer.dtype, x, *params, *together),
+        dtype=result_dtype(layer.dtype, x, *params, *together),
     )
-    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(state.mean):
+    plain = isinstance(state, BatchStats)
+    if plain and jnp.iscomplexobj(x) and not jnp.iscomplexobj(state.mean):
         state = state._replace(mean=state.mean.astype(stats_dtype(x.dtype)))
-    y, state = bn.apply(
+    y, state = Gather(bn).apply(
         params, state, x, training, weights=weights, momentum=layer.momentum
     )
     return y[0] if lone else y, state
 
 
-def _result_dtype(dtype: DTypeLike | None, *arrays: Array | None) -> jnp.dtype:
+def result_dtype(dtype: DTypeLike | None, *arrays: Array | None) -> jnp.dtype:
     """Returns `dtype`, or the one that holds all of `arrays`, as Flax resolves it."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.dtype(canonicalize_dtype(*arrays, dtype=dtype))

@@ -7,8 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxbn._affine import settings_of
 from jaxbn._flax_call import leaf_names, num_features_of
-from jaxbn._linen_stats import statistic, tracks, training_of
+from jaxbn._flax_gather import gathered_like
+from jaxbn._gather import Gather
+from jaxbn._linen_folded import call_folded, is_folded
+from jaxbn._linen_stats import gathering, statistic, tracks, training_of
 from jaxbn._normalizer import Normalizer
 from jaxbn._typing import Array, PyTree
 
@@ -71,6 +75,15 @@ class Norm(nn.Module):
         """
         training = training_of(self, self.use_running_average, use_running_average)
 
+        if is_folded(self):
+            bn = settings_of(self.normalizer)
+            if options.get("residual") is not None:
+                raise ValueError(
+                    f"the layer at /{'/'.join(self.path)} is folded, but adds a residual. "
+                    "Add it behind the layer."
+                )
+            return call_folded(self, x, training, bn.feature_axes, bn.dtype or x.dtype)
+
         def make() -> tuple[PyTree, PyTree]:
             num_features = num_features_of(self.normalizer, jnp.shape(x))
             return self.normalizer.init(num_features, **(self.init_options or {}))
@@ -86,14 +99,18 @@ class Norm(nn.Module):
             for i, name in enumerate(names[0])
         ]
         tracking = tracks(self, training, update_stats)
-        y, state = self.normalizer.apply(
+        more = gathering(self, names[1], update_stats)
+        normalizer: Any = self.normalizer
+        normalizer = Gather(normalizer) if more else normalizer
+        state = jax.tree.unflatten(jax.tree.structure(kinds[1]), [s.value for s in stats])
+        y, state = normalizer.apply(
             jax.tree.unflatten(jax.tree.structure(kinds[0]), params),
-            jax.tree.unflatten(jax.tree.structure(kinds[1]), [s.value for s in stats]),
+            gathered_like(state, [variable.value for variable in more]),
             x,
             False if self.is_initializing() else training,
             **options,
         )
-        if tracking:
-            for variable, leaf in zip(stats, jax.tree.leaves(state), strict=True):
+        if tracking or more:
+            for variable, leaf in zip([*stats, *more], jax.tree.leaves(state), strict=True):
                 variable.value = leaf
         return y

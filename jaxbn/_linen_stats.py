@@ -1,11 +1,12 @@
-"""What the linen layers share: their mode, and statistics that may be tracked."""
+"""What the linen layers share: their mode, and statistics to track, gather, leave out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 from flax import errors
 
 from jaxbn._flax_call import as_training
+from jaxbn._flax_gather import is_gathering, more_names
 from jaxbn._typing import Array
 
 
@@ -68,3 +69,16 @@ def tracks(module: nn.Module, training: bool | Array, update_stats: bool) -> boo
     if not module.is_mutable_collection("batch_stats"):
         raise FrozenStatsError("/".join(module.path))
     return True
+
+
+def gathering(
+    module: nn.Module, names: Sequence[str], update_stats: bool
+) -> list[nn.Variable]:
+    """Returns what the layer has besides the statistics `names` while it gathers, or []."""
+    if module.is_initializing() or not update_stats:
+        return []
+    if not module.is_mutable_collection("batch_stats"):
+        return []
+    if not is_gathering(lambda name: module.has_variable("batch_stats", name)):
+        return []
+    return [module.variable("batch_stats", name) for name in more_names(names)]

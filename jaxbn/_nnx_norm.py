@@ -1,5 +1,6 @@
 """Any normalizer as an NNX module, and what the NNX layers share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._flax_call import as_training, leaf_names
+from jaxbn._flax_gather import gathered_like, is_gathering, more_names
+from jaxbn._gather import Gather
 from jaxbn._normalizer import Normalizer
 from jaxbn._typing import Array
 
@@ -92,9 +95,13 @@ class Norm(nnx.Module):
             )
             for kind, group in zip(kinds, names, strict=True)
         )
-        y, state = self.normalizer.apply(params, state, x, training, **options)
-        if training is not False and update_stats:
-            for name, leaf in zip(names[1], jax.tree.leaves(state), strict=True):
+        more = gathering(self, names[1], update_stats)
+        normalizer: Any = self.normalizer
+        normalizer = Gather(normalizer) if more else normalizer
+        state = gathered_like(state, [getattr(self, name)[...] for name in more])
+        y, state = normalizer.apply(params, state, x, training, **options)
+        if more or (training is not False and update_stats):
+            for name, leaf in zip([*names[1], *more], jax.tree.leaves(state), strict=True):
                 assign(getattr(self, name), leaf)
         return y
 
@@ -121,6 +128,12 @@ def training_of(module: Any, in_call: bool | Array | None) -> bool | Array:
             "or layer(x, use_running_average=not train)."
         )
     return as_training(flag)
+
+
+def gathering(module: Any, names: Sequence[str], update_stats: bool) -> list[str]:
+    """Returns what the layer has besides the statistics `names` while it gathers, or []."""
+    gathers = update_stats and is_gathering(lambda name: hasattr(module, name))
+    return more_names(names) if gathers else []
 
 
 def assign(variable: Any, value: Array) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
@@ -10,11 +11,17 @@ from jaxbn._flax_call import (
     as_input,
     call_batch_norm,
     feature_sizes,
+    result_dtype,
     stats_dtype,
     zero_stats,
 )
+from jaxbn._flax_gather import gathered_like
+from jaxbn._linen_folded import call_folded, is_folded
 from jaxbn._linen_norm import Norm as Norm
-from jaxbn._linen_stats import statistic, tracks, training_of
+from jaxbn._linen_population import gather as gather
+from jaxbn._linen_population import reestimate as reestimate
+from jaxbn._linen_population import track_gathered as track_gathered
+from jaxbn._linen_stats import gathering, statistic, tracks, training_of
 from jaxbn._linen_train import TrainState as TrainState
 from jaxbn._linen_train import restore as restore
 from jaxbn._state import BatchNormParams, BatchStats
@@ -119,6 +126,9 @@ class BatchNorm(nn.Module):
         """
         training = training_of(self, self.use_running_average, use_running_average)
         x = as_input(x, self.dtype)
+        if is_folded(self):
+            dtype = result_dtype(self.dtype, x, jnp.zeros((), self.param_dtype))
+            return call_folded(self, x, training, self.axis, dtype)
         features = feature_sizes(self.axis, x.shape)
         mean, var = _stats(self, features, x.dtype)
         scale = bias = None
@@ -127,18 +137,23 @@ class BatchNorm(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, self.param_dtype)
         tracking = tracks(self, training, update_stats)
+        more = gathering(self, ("mean", "var"), update_stats)
+        stats = BatchStats(mean.value, var.value)
         y, state = call_batch_norm(
             self,
             BatchNormParams(scale, bias),
-            BatchStats(mean.value, var.value),
+            gathered_like(stats, [variable.value for variable in more]),
             x,
             training,
             mask=mask,
             weights=weights,
             synchronize=not self.is_initializing(),
         )
-        if tracking:
-            mean.value, var.value = state.mean, state.var
+        if tracking or more:
+            for variable, leaf in zip(
+                (mean, var, *more), jax.tree.leaves(state), strict=True
+            ):
+                variable.value = leaf
         return y
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes, initializers
@@ -15,12 +16,19 @@ from jaxbn._flax_call import (
     stats_dtype,
     zero_stats,
 )
+from jaxbn._flax_gather import gathered_like
+from jaxbn._nnx_fold import fold as fold
 from jaxbn._nnx_norm import Norm as Norm
-from jaxbn._nnx_norm import assign, training_of
+from jaxbn._nnx_norm import assign, gathering, training_of
+from jaxbn._nnx_population import gather as gather
+from jaxbn._nnx_population import reestimate as reestimate
+from jaxbn._nnx_population import track_gathered as track_gathered
 from jaxbn._nnx_train import TrainState as TrainState
 from jaxbn._nnx_train import restore as restore
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Shape
+
+_STATS = ("mean", "var")
 
 
 class BatchNorm(nnx.Module):
@@ -174,19 +182,21 @@ class BatchNorm(nnx.Module):
             together = ()
             everything = x, mean, var, scale, bias
             x, _, _, scale, bias = self.promote_dtype(everything, dtype=self.dtype)
+        more = gathering(self, _STATS, update_stats)
+        gathered = [getattr(self, name)[...] for name in more]
         y, state = call_batch_norm(
             self,
             BatchNormParams(scale, bias),
-            BatchStats(mean, var),
+            gathered_like(BatchStats(mean, var), gathered),
             x,
             training,
             mask=mask,
             weights=weights,
             together=together,
         )
-        if training is not False and update_stats:
-            assign(self.mean, state.mean)
-            assign(self.var, state.var)
+        if more or (training is not False and update_stats):
+            for name, leaf in zip((*_STATS, *more), jax.tree.leaves(state), strict=True):
+                assign(getattr(self, name), leaf)
         return y
 
     def set_view(self, use_running_average: bool | None = None) -> None:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
+from jaxbn import convert
+from tests import golden_torch_models
 from tests.golden_case import assert_near
 
 KNOWN = {"momentum", "eps", "affine", "track_running_stats", "training"}
-# What other parts of a model need; their cases wait for the parts that do the work.
-WAITING_OPERATIONS = {"fold", "update_bn"}
 
 
 def run(case):
@@ -20,6 +20,8 @@ def run(case):
     try:
         if "expect_error" in case.meta:
             return run_error(case)
+        if case.steps[0]["op"] in golden_torch_models.RUN:
+            return golden_torch_models.run(case)
         assert set(case.kwargs) <= KNOWN, case.kwargs
         step = {
             "train": run_layer,
@@ -50,17 +52,20 @@ def layer_of(case):
 
 
 def values_of(layer, arrays, features):
-    """Returns params and state of the arrays of a state dict."""
-    _, fresh = layer.init(features)
-    kind = fresh.mean.dtype
-    as_array = lambda name: jnp.asarray(arrays[name], kind) if name in arrays else None
-    params = jaxbn.BatchNormParams(as_array("weight"), as_array("bias"))
+    """Returns params and state of a state dict, which comes back bit for bit."""
     if "running_mean" not in arrays:
-        return params, fresh
-    seen = None
-    if layer.momentum is None:
-        seen = jnp.full(features, arrays["num_batches_tracked"], kind)
-    return params, jaxbn.BatchStats(as_array("running_mean"), as_array("running_var"), seen)
+        _, fresh = layer.init(features)
+        as_array = lambda name: jnp.asarray(arrays[name]) if name in arrays else None
+        return jaxbn.BatchNormParams(as_array("weight"), as_array("bias")), fresh
+    momentum = None if layer.momentum is None else 1 - layer.momentum
+    converted = convert.from_torch(arrays, eps=layer.epsilon, momentum=momentum)
+    assert converted.bn == layer
+    back = convert.to_torch(converted)
+    assert back.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert back[name].dtype == array.dtype
+        np.testing.assert_array_equal(back[name], array)
+    return converted.params, converted.state
 
 
 def run_layer(case, step, arrays):

@@ -6,18 +6,28 @@ is run is told in `tests/golden_<system>.py`, by a function `run(case)`.
 
 import json
 
-from tests import golden_linen, golden_nnx, golden_tf1, golden_torch, golden_truth
+from tests import (
+    golden_eqx,
+    golden_haiku,
+    golden_keras,
+    golden_linen,
+    golden_nnx,
+    golden_tf1,
+    golden_torch,
+    golden_truth,
+)
 from tests.golden_case import Case
 
 RUNNERS = {
+    "eqx": golden_eqx.run,
+    "haiku": golden_haiku.run,
+    "keras": golden_keras.run,
     "linen": golden_linen.run,
     "nnx": golden_nnx.run,
     "tf1": golden_tf1.run,
     "torch": golden_torch.run,
     "truth": golden_truth.run,
 }
-# Systems whose cases wait for the part of the library that speaks their language.
-WAITING = ("haiku", "eqx", "keras")
 
 
 def pytest_generate_tests(metafunc):
@@ -31,15 +41,9 @@ def pytest_generate_tests(metafunc):
         for meta in json.loads((folder / "manifest.json").read_text())["cases"]
     ]
     if "case" in metafunc.fixturenames:
-        runnable = [case for case in cases if not waits(case)]
-        metafunc.parametrize("case", runnable, ids=str)
+        metafunc.parametrize("case", cases, ids=str)
     if "systems" in metafunc.fixturenames:
         metafunc.parametrize("systems", [{case.system for case in cases}], ids=["all"])
-
-
-def waits(case):
-    operations = {step["op"] for step in case.meta.get("steps", ())}
-    return case.system in WAITING or operations & golden_torch.WAITING_OPERATIONS
 
 
 def test_case(case):
@@ -48,4 +52,4 @@ def test_case(case):
 
 
 def test_every_system_is_known(systems):
-    assert systems <= {*RUNNERS, *WAITING}
+    assert systems <= set(RUNNERS)

@@ -1,0 +1,130 @@
+"""The norms and linear layers of a tree of variables, and which belong together by name."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxbn._typing import PyTree
+
+Path = tuple[Any, ...]
+
+_NORM = r"batch_?norm|norm|(?<![a-z])bn(?![a-z])"
+_LINEAR = r"conv_?transpose|conv|dense|linear|(?<![a-z])fc(?![a-z])"
+_WORDS = re.compile(f"{_NORM}|{_LINEAR}", re.IGNORECASE)
+
+
+class Layers(NamedTuple):
+    """The norms and the linear layers of a model: their paths, by their names."""
+
+    norms: dict[str, Path]
+    linears: dict[str, Path]
+
+
+def find_layers(variables: Mapping[str, PyTree]) -> Layers:
+    """Returns the layers of variables of linen, or of a nested dict of NNX."""
+    params, stats = split(variables)
+    norms = {
+        name_of(path): path
+        for path, node in _nodes(stats)
+        if _has(node, "mean") and _has(node, "var")
+    }
+    linears = {name_of(path): path for path, node in _nodes(params) if _has(node, "kernel")}
+    if not norms:
+        raise ValueError(
+            f"there is no norm in the variables, which hold {sorted(map(str, variables))}. "
+            'Pass {"params": ..., "batch_stats": ...}, or for NNX '
+            "nnx.to_pure_dict(nnx.state(model))."
+        )
+    return Layers(norms, linears)
+
+
+def find_pairs(variables: Mapping[str, PyTree]) -> tuple[tuple[str, str], ...]:
+    """Returns which norm comes after which linear layer, as far as their names tell.
+
+    Names tell it where they differ in nothing but the words for the kinds of layers, such
+    as Conv_0 and BatchNorm_0, conv1 and bn1, conv_proj and norm_proj, or where layers of
+    a sequence follow one another, such as layers_0 and layers_1; and where the features
+    agree. Names are no proof: a norm may be applied before its namesake, or behind an
+    activation. `check_fold` tells.
+
+    Args:
+        variables: Those of a linen model, or a nested dict of NNX.
+
+    Returns:
+        Pairs (linear layer, norm) of paths, with slashes, for `fold_tree`. A norm without
+        a partner is in none of them.
+
+    Raises:
+        ValueError: There is no norm.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> stats = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+        >>> tree = {"conv1": {"kernel": jnp.ones((2, 3))}, "bn1": stats, "bn2": stats}
+        >>> jaxbn.find_pairs(tree)
+        (('conv1', 'bn1'),)
+    """
+    params, stats = split(variables)
+    layers = find_layers(variables)
+    pairs = []
+    for norm, path in layers.norms.items():
+        size = jnp.shape(node_at(stats, path)["mean"])
+        namesakes = [
+            (linear, jnp.shape(node_at(params, other)["kernel"]))
+            for linear, other in layers.linears.items()
+            if path and other[:-1] == path[:-1] and _match(str(other[-1]), str(path[-1]))
+        ]
+        # The features of the output come last, or last but one in a transposed kernel.
+        for kernels in (
+            [linear for linear, shape in namesakes if shape[-1:] == size],
+            [linear for linear, shape in namesakes if shape[2:] and shape[-2:-1] == size],
+        ):
+            if kernels:
+                if len(kernels) == 1:
+                    pairs.append((kernels[0], norm))
+                break
+    # Two norms with one partner are told apart by nothing.
+    partners = [linear for linear, _ in pairs]
+    return tuple(pair for pair in pairs if partners.count(pair[0]) == 1)
+
+
+def split(variables: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
+    """Returns the trees that hold the params and the statistics, which may be one."""
+    if "params" in variables and "batch_stats" in variables:
+        return variables["params"], variables["batch_stats"]
+    return variables, variables
+
+
+def node_at(tree: PyTree, path: Path) -> Any:
+    """Returns the part of a nested dict at `path`, or an empty one."""
+    for key in path:
+        tree = tree.get(key, {})
+    return tree
+
+
+def name_of(path: Path) -> str:
+    """Returns a path as users write it."""
+    return "/".join(map(str, path))
+
+
+def _nodes(tree: PyTree, path: Path = ()) -> Iterator[tuple[Path, Mapping[Any, Any]]]:
+    if isinstance(tree, Mapping):
+        yield path, tree
+        for key, part in tree.items():
+            yield from _nodes(part, (*path, key))
+
+
+def _has(node: Mapping[Any, Any], name: str) -> bool:
+    return name in node and not isinstance(node[name], Mapping)
+
+
+def _match(linear: str, norm: str) -> bool:
+    trunks = [_WORDS.sub("", name).replace("_", "").lower() for name in (linear, norm)]
+    if _WORDS.search(linear) and _WORDS.search(norm):
+        return trunks[0] == trunks[1]
+    first, second = (re.fullmatch(r"(.*?)(\d+)", name) for name in (linear, norm))
+    if first is None or second is None or first[1] != second[1]:
+        return False
+    return int(first[2]) + 1 == int(second[2])
