@@ -1,0 +1,46 @@
+"""`python -m jaxbn.diagnose CHECKPOINT`: what the statistics of a checkpoint say.
+
+Exits with 0 if nothing was found, 1 if something was, 2 if the file cannot be read.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jaxbn.diagnose._diagnose import diagnose
+from jaxbn.diagnose._files import read_checkpoint
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the report of the checkpoint that the arguments name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxbn.diagnose",
+        description="Tells what is wrong with the batch norm statistics of a checkpoint.",
+        epilog="Exit status: 0 nothing found, 1 something found, 2 unreadable.",
+    )
+    parser.add_argument(
+        "checkpoint", help="a .safetensors or .npz file, or a folder written by Orbax"
+    )
+    parser.add_argument("--steps", type=int, help="training steps that the model took")
+    parser.add_argument("--momentum", type=float, help="the decay of its layers")
+    parser.add_argument("--epsilon", type=float, default=1e-5, help="default: 1e-5")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the layers")
+    options = parser.parse_args(arguments)
+    try:
+        report = diagnose(
+            read_checkpoint(options.checkpoint),
+            steps=options.steps,
+            momentum=options.momentum,
+            epsilon=options.epsilon,
+        )
+        print(report)
+        if options.plot is not None:
+            report.plot(options.plot)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0 if report.healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""`diagnose`: from the variables of a model, and perhaps batches, to a report."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxbn._replicas import replica_differences
+from jaxbn._running import check_momentum as check_decay
+from jaxbn._typing import PyTree
+from jaxbn.diagnose._drift import check_batches, check_gap, explain_drift, measure_drift
+from jaxbn.diagnose._layers import Layer, find_layers
+from jaxbn.diagnose._probe import Apply, measure_gap, probe_layers
+from jaxbn.diagnose._report import Finding, LayerReport, Report, as_evidence
+from jaxbn.diagnose._values import check_momentum, check_steps, check_values
+
+
+def diagnose(
+    variables: PyTree,
+    apply: Apply | None = None,
+    batches: Iterable[Any] = (),
+    *,
+    steps: int | None = None,
+    momentum: float | None = None,
+    epsilon: float = 1e-5,
+    replica_axis: int | None = None,
+) -> Report:
+    """Tells what is wrong with the statistics of a model, and what to do about it.
+
+    From the variables alone come the causes `never-updated`, `non-finite`,
+    `negative-variance`, `dead` and `exploding` channels, and `replicas` that differ; with
+    `steps` and `momentum`, `unconverged` and `momentum` (PyTorch's, used as the decay).
+    With `apply` and batches like those of training the momentum is measured, and there
+    are `drift` between running and batch statistics, `averaged-weights`, `small-batch`,
+    `unlike-batches`, and the `gap` between training and evaluation with the layer that
+    makes it. docs/diagnose.md tells how each is known.
+
+    Args:
+        variables: Params and statistics: the variables of a linen model, an `nnx.State`
+            or the pure dict of one, `(params, state)` of functions, or a flat dict of
+            arrays by the names of PyTorch, Keras or TensorFlow.
+        apply: A function `(variables, batch, training) -> (y, variables)` whose second
+            result may hold changed collections only. Wrap it in `jax.jit` with
+            `static_argnums=2`. It runs three times per batch, and once
+            per layer.
+        batches: A few batches, of the size of those in training; at least two to measure
+            their noise.
+        steps: How many training steps the model has taken.
+        momentum: The decay of the layers, where it is not to be measured.
+        epsilon: That of the layers.
+        replica_axis: The axis of devices that every array has, as `pmap` returns them.
+
+    Returns:
+        A `Report`, which prints as a table.
+
+    Raises:
+        TypeError: A layer holds something else than arrays; apply returns no pair.
+        ValueError: No layer has running statistics; apply goes without batches, or returns
+            variables of another structure; steps or momentum are out of range.
+
+    Example:
+        >>> import jax, jaxbn
+        >>> from jaxbn.diagnose import diagnose
+        >>> bn = jaxbn.BatchNorm(momentum=0.1)
+        >>> def apply(variables, x, training):
+        ...     y, state = bn.apply(*variables, x, training)
+        ...     return y, (variables[0], state)
+        ...
+        >>> x, variables = jax.random.normal(jax.random.key(0), (20, 2)), bn.init(2)
+        >>> for _ in range(4):
+        ...     _, variables = apply(variables, x, True)
+        >>> print(diagnose(variables, apply, [x]).findings[0].remedy)
+        momentum is the decay here; PyTorch's momentum is one minus it. Write momentum=0.9.
+    """
+    _check_options(steps, momentum)
+    layers = find_layers(variables)
+    findings = list(_check_replicas(variables, layers, replica_axis))
+    if replica_axis is not None:
+        variables = jax.tree.map(lambda leaf: leaf.take(0, replica_axis), variables)
+        layers = find_layers(variables)
+    for layer in layers:
+        findings += check_values(layer, epsilon)
+    reports = [LayerReport(layer.name, layer.var.size) for layer in layers]
+    if apply is not None:
+        # Drift that a finding has explained is not explained twice.
+        explained = {f.layer for f in findings if f.severity == "error"}
+        run = _Run(variables, layers, apply, list(batches), epsilon)
+        reports, more = _measure(run, explained, math.nan if steps is None else steps)
+        findings += more
+    for layer, report in zip(layers, reports, strict=True):
+        decay = report.momentum
+        if momentum is not None and math.isnan(decay):
+            decay = momentum
+        known = {f.cause for f in findings if f.layer == layer.name}
+        findings += (
+            f for f in _check_tracking(layer, decay, steps) if f.cause not in known
+        )
+    errors_first = sorted(findings, key=lambda finding: finding.severity)
+    return Report(tuple(errors_first), tuple(reports))
+
+
+class _Run(NamedTuple):
+    variables: PyTree
+    layers: list[Layer]
+    apply: Apply
+    batches: list[Any]
+    epsilon: float
+
+
+def _measure(
+    run: _Run, explained: set[str], steps: float
+) -> tuple[list[LayerReport], list[Finding]]:
+    """Returns what the batches say, as numbers and as findings."""
+    layers = run.layers
+    probes = probe_layers(run.variables, layers, run.apply, run.batches)
+    drifts = [
+        measure_drift(*pair, run.epsilon) for pair in zip(layers, probes, strict=True)
+    ]
+    findings = []
+    for layer, probe in zip(layers, probes, strict=True):
+        findings += check_batches(layer.name, probe)
+    unexplained = [
+        (layer, probe, drift)
+        for layer, probe, drift in zip(layers, probes, drifts, strict=True)
+        if layer.name not in explained
+    ]
+    findings += explain_drift(unexplained, steps)
+    gap = measure_gap(run.variables, layers, probes, run.apply, run.batches)
+    findings += check_gap(layers, probes, gap)
+    reports = [
+        LayerReport(
+            layer.name,
+            layer.var.size,
+            momentum=probe.momentum,
+            shift=drift.shift,
+            stretch=drift.stretch,
+            noise=probe.noise,
+            gap=alone,
+        )
+        for layer, probe, drift, alone in zip(
+            layers, probes, drifts, gap.alone, strict=True
+        )
+    ]
+    return reports, findings
+
+
+def _check_tracking(layer: Layer, momentum: float, steps: int | None) -> Iterator[Finding]:
+    """Yields what the momentum says, and the steps that the model or its user counted."""
+    if math.isnan(momentum):
+        return
+    if finding := check_momentum(layer.name, momentum):
+        yield finding
+    counted = layer.get("steps")
+    taken = steps if counted is None or not counted.size else counted.max()
+    if taken is not None and (finding := check_steps(layer, momentum, float(taken))):
+        yield finding
+
+
+def _check_replicas(
+    variables: PyTree, layers: Sequence[Layer], axis: int | None
+) -> Iterator[Finding]:
+    """Yields the layers of which the replicas hold different arrays."""
+    leaves = jax.tree.leaves(variables)
+    for layer in layers:
+        arrays = {field: leaves[i] for field, i in layer.leaves.items()}
+        apart = {
+            field.strip("['] "): difference
+            for field, difference in replica_differences(arrays, axis=axis).items()
+        }
+        if not apart:
+            continue
+        shown = ", ".join(f"{field} by up to {far:.3g}" for field, far in apart.items())
+        yield Finding(
+            layer.name,
+            "replicas",
+            "error",
+            as_evidence(**apart),
+            f"the replicas hold different arrays: {shown}.",
+            "Give the layer the axis_name of the devices, so that all track the same, or "
+            "pool what they tracked with jaxbn.sync_state before evaluating or saving.",
+        )
+
+
+def _check_options(steps: int | None, momentum: float | None) -> None:
+    if steps is not None and steps < 0:
+        raise ValueError(f"steps must not be negative, got {steps}. Count training steps.")
+    check_decay(momentum)
