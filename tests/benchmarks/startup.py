@@ -1,0 +1,43 @@
+"""Seconds before the first result: to import, to trace and to compile."""
+
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from tests.benchmarks.cases import Case
+
+_IMPORT = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+
+
+def import_seconds(modules: list[str], repeats: int) -> dict[str, list[float]]:
+    """Imports each module in fresh processes, in turns."""
+    seconds: dict[str, list[float]] = {module: [] for module in modules}
+    for _ in range(repeats):
+        for module in modules:
+            command = [sys.executable, "-c", _IMPORT.format(module)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            seconds[module].append(float(done.stdout))
+    return seconds
+
+
+def compile_seconds(peer: str, case: Case) -> dict[str, float]:
+    """Traces, lowers and compiles the pass of a case with empty caches."""
+    import jax
+
+    from tests.benchmarks.nets import train_step
+    from tests.benchmarks.passes import layer_pass
+
+    arguments, run = (layer_pass if case.kind == "layer" else train_step)(peer, case)
+    jax.clear_caches()
+    start = time.perf_counter()
+    lowered = jax.jit(run).trace(*arguments).lower()
+    middle = time.perf_counter()
+    lowered.compile()
+    return {"trace": middle - start, "compile": time.perf_counter() - middle}
+
+
+def medians(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns the median of each entry."""
+    return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
