@@ -17,7 +17,7 @@ import optax
 
 import jaxbn
 
-LEARNING_RATE = 2.0
+LEARNING_RATE = 1.0
 MOMENTUM = 0.9
 
 
@@ -90,8 +90,8 @@ def choose_devices(argv: Sequence[str] | None, description: str) -> argparse.Nam
     )
     add = parser.add_argument
     add("--devices", type=int, default=8, help="how many share a batch")
-    add("--epochs", type=int, default=6, help="passes over the training images")
-    add("--batch-size", type=int, default=60, help="images in one step, on all devices")
+    add("--epochs", type=int, default=4, help="passes over the training images")
+    add("--batch-size", type=int, default=120, help="images in one step, on all devices")
     add("--seed", type=int, default=0, help="of the weights and the order of the images")
     args = parser.parse_args(argv)
     for option, least in (("devices", 1), ("epochs", 1), ("batch-size", 1), ("seed", 0)):

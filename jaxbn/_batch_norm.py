@@ -10,12 +10,12 @@ from jax.nn import initializers
 
 from jaxbn._apply import apply_layer
 from jaxbn._axes import as_axes, feature_sizes
+from jaxbn._axis_groups import as_groups
 from jaxbn._dtypes import as_dtype, at_least_float32, real_part
 from jaxbn._moments import Moments
 from jaxbn._normalize import check_epsilon
 from jaxbn._running import check_ddof, check_momentum, check_real, tracked
 from jaxbn._state import BatchNormParams, BatchStats, draw
-from jaxbn._sync import as_groups
 from jaxbn._typing import (
     Array,
     Axes,

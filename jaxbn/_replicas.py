@@ -8,7 +8,7 @@ from jaxbn._moments import Moments
 from jaxbn._renorm import RenormStats
 from jaxbn._state import BatchStats
 from jaxbn._sync import sync_moments
-from jaxbn._typing import Array, AxisGroups, AxisName, PyTree
+from jaxbn._typing import Array, AxisGroups, AxisName, PyTree, is_traced
 
 
 def sync_state(
@@ -40,7 +40,8 @@ def sync_state(
     Raises:
         NameError: There is no such axis here.
         TypeError: state is not that of a `BatchNorm` or a `BatchRenorm`.
-        ValueError: The groups are no partition of the axis.
+        ValueError: The groups are no partition of the axis; weight is no scalar, or is
+            known to be negative.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbn
@@ -57,7 +58,7 @@ def sync_state(
             f"sync_state pools a BatchStats or a RenormStats, got {type(state).__name__}. "
             "Map it over the layers of a model: jax.tree.map(..., is_leaf=...)."
         )
-    count = jnp.broadcast_to(jnp.asarray(weight, state.var.dtype), state.var.shape)
+    count = _as_count(weight, state.var)
 
     def pool(mean: Array, var: Array) -> tuple[Array, Array]:
         pooled = sync_moments(
@@ -76,6 +77,21 @@ def sync_state(
     _, square = pool(state.mean, jnp.square(state.std))
     renorm_mean, renorm_square = pool(state.renorm_mean, jnp.square(state.renorm_std))
     return RenormStats(mean, var, jnp.sqrt(square), renorm_mean, jnp.sqrt(renorm_square))
+
+
+def _as_count(weight: float | Array, like: Array) -> Array:
+    """Returns the weight of a replica for each of its features, once it is checked."""
+    if jnp.shape(weight):
+        raise ValueError(
+            f"weight must be a scalar, got shape {jnp.shape(weight)}. Sum it up: a replica "
+            "counts as a whole."
+        )
+    if not is_traced(weight) and not weight >= 0:
+        raise ValueError(
+            f"weight must be 0 or more, got {weight}. Pass the number of rows that this "
+            "replica saw."
+        )
+    return jnp.broadcast_to(jnp.asarray(weight, like.dtype), like.shape)
 
 
 def replica_differences(tree: PyTree, *, axis: int | None = None) -> dict[str, float]:

@@ -1,16 +1,18 @@
 """Moments over devices: the sums and counts of all shards, in one collective."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxbn._axis_groups import as_groups
 from jaxbn._double import halves, settled, two_product, two_sum
-from jaxbn._moments import Moments, divisor
+from jaxbn._moments import Moments
+from jaxbn._placement import varying_axes
 from jaxbn._typing import Array, AxisGroups, AxisName
+from jaxbn._variance import divisor
 
 
 def sync_moments(
@@ -41,7 +43,10 @@ def sync_moments(
 
     Raises:
         NameError: There is no such axis here.
-        ValueError: The groups are no partition of the axis.
+        NotImplementedError: The axis is that of a `vmap` inside a `shard_map` with
+            check_vma=True.
+        TypeError: axis_name or axis_index_groups are of the wrong type.
+        ValueError: The groups are no partition of the axis; the shapes of moments differ.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbn
@@ -61,8 +66,14 @@ def sync_moments(
     """
     axis_index_groups = as_groups(axis_name, axis_index_groups)
     check_axis(axis_name, axis_index_groups)
-    rest = jnp.zeros_like(moments.mean)
-    return sync_exact(moments, rest, axis_name, axis_index_groups)
+    mean, var, count = moments
+    if jnp.shape(mean) != jnp.shape(var):
+        raise ValueError(
+            "the mean and the variance of moments must have one shape, got "
+            f"{jnp.shape(mean)} and {jnp.shape(var)}. Take them from jaxbn.moments."
+        )
+    moments = Moments(mean, var, jnp.broadcast_to(jnp.asarray(count, var.dtype), var.shape))
+    return sync_exact(moments, jnp.zeros_like(mean), axis_name, axis_index_groups)
 
 
 def sync_exact(
@@ -70,6 +81,7 @@ def sync_exact(
 ) -> Moments:
     """Returns `sync_moments`, given also what the rounding of the means left out."""
     mean, var, count = moments
+    check_nesting(mean, axis_name)
     if not jnp.iscomplexobj(mean):
         return Moments(*_sync(mean, rest, var, count, axis_name, groups))
     # The two parts are two features, of which the first brings the variance along.
@@ -84,23 +96,16 @@ def sync_exact(
     return Moments(lax.complex(mean[0], mean[1]), var.sum(0), count[0])
 
 
-def as_groups(axis_name: AxisName | None, groups: Any) -> AxisGroups | None:
-    """Returns groups as tuples, after the checks that need no mapped axis."""
-    if groups is None:
-        return None
-    groups = tuple(tuple(int(device) for device in group) for group in groups)
-    if axis_name is None or isinstance(axis_name, (tuple, list)):
-        raise ValueError(
-            f"axis_index_groups needs one axis_name, got {axis_name!r}. Name the axis "
-            "whose devices are grouped; over several axes, sync over one of them."
+def check_nesting(x: Array, axis_name: AxisName) -> None:
+    """Raises for an axis of vmap that JAX cannot sum over, where types tell of varying."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    mapped = tuple(name for name in names if name not in manual)
+    if mapped and varying_axes(x):
+        raise NotImplementedError(
+            f"JAX cannot sum over the axes {mapped} of vmap inside a shard_map that checks "
+            "varying axes. Pass check_vma=False to jax.shard_map, or make them mesh axes."
         )
-    members = [device for group in groups for device in group]
-    if not all(groups) or sorted(members) != list(range(len(members))):
-        raise ValueError(
-            f"axis_index_groups {groups} are no partition of devices: name each of 0, 1, "
-            "... in exactly one group. See jaxbn.axis_groups."
-        )
-    return groups
 
 
 def check_axis(axis_name: AxisName, groups: AxisGroups | None) -> None:
@@ -109,9 +114,10 @@ def check_axis(axis_name: AxisName, groups: AxisGroups | None) -> None:
         size = lax.axis_size(axis_name)
     except NameError:
         raise NameError(
-            f"there is no mapped axis {axis_name!r} here. Call this under jax.pmap, "
-            f"jax.vmap or jax.shard_map with axis_name={axis_name!r}. Under plain jax.jit, "
-            "statistics are those of the whole batch already: leave axis_name out."
+            f"there is no mapped axis {axis_name!r} here. Call this under jax.pmap or "
+            f"jax.vmap with axis_name={axis_name!r}, or under a jax.shard_map that is "
+            "manual over it. Under plain jax.jit, statistics are those of the whole batch "
+            "already: leave axis_name out."
         ) from None
     if groups is not None and sum(map(len, groups)) != size:
         raise ValueError(
@@ -119,33 +125,6 @@ def check_axis(axis_name: AxisName, groups: AxisGroups | None) -> None:
             f"{axis_name!r}. Name each of 0 to {size - 1} in exactly one group, or see "
             "jaxbn.axis_groups."
         )
-
-
-def axis_groups(num_devices: int, group_size: int) -> AxisGroups:
-    """Returns groups of neighbouring devices, for `axis_index_groups`.
-
-    Args:
-        num_devices: The size of the axis.
-        group_size: How many devices share their statistics.
-
-    Returns:
-        A tuple of tuples of device indices.
-
-    Raises:
-        ValueError: group_size does not divide num_devices.
-
-    Example:
-        >>> import jaxbn
-        >>> jaxbn.axis_groups(4, 2)
-        ((0, 1), (2, 3))
-    """
-    if group_size < 1 or num_devices % group_size:
-        raise ValueError(
-            f"group_size={group_size} does not divide num_devices={num_devices}. Choose a "
-            "divisor, or write unequal groups out."
-        )
-    starts = range(0, num_devices, group_size)
-    return tuple(tuple(range(start, start + group_size)) for start in starts)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))

@@ -9,6 +9,19 @@ import pytest
 import jaxbn
 
 PUBLIC = {
+    "Affine": "(scale, bias)",
+    "as_affine": "(params, state, normalizer)",
+    "check_fold": "(apply_before, apply_after, *inputs, tolerance)",
+    "find_pairs": "(variables)",
+    "fold": "(kernel, bias, affine, *, in_axis, out_axis, groups, groups_on)",
+    "fold_into_next": "(kernel, bias, affine, *, padding, transposed, in_axis, out_axis, "
+    "groups, groups_on)",
+    "fold_tree": "(variables, *, epsilon, pairs, options, norms)",
+    "Gather": "(inner)",
+    "Gathered": "(stats, start, batch)",
+    "gather": "(states)",
+    "reestimate": "(step, states, batches, *, passes, ddof, progress)",
+    "track_gathered": "(states)",
     "BatchNorm": "(*, feature_axes, momentum, epsilon, use_scale, use_bias, ddof, debias, "
     "activation, axis_name, axis_index_groups, dtype, param_dtype)",
     "BatchNormParams": "(scale, bias)",
@@ -39,6 +52,8 @@ METHODS = {
     "var_init, key)",
     "BatchRenorm.apply": "(self, params, state, x, training, *, weights, residual, "
     "adjustment, momentum, limits)",
+    "Gather.init": "(self, num_features, **options)",
+    "Gather.apply": "(self, params, state, x, training, **options)",
     "GhostBatchNorm.init": "(self, num_features, **options)",
     "GhostBatchNorm.apply": "(self, params, state, x, training, **options)",
     "Ema.init": "(self, tree)",

@@ -7,15 +7,22 @@ import jaxbn
 
 LAYERS = (
     {"_typing"},
-    {"_axes", "_dtypes", "_double", "_state", "_placement"},
-    {"_weights"},
+    {"_axes", "_axis_groups", "_dtypes", "_double", "_state", "_placement"},
+    {"_isolation", "_weights"},
+    {"_affine_map", "_variance"},
     {"_moments", "_normalize"},
     {"_groups", "_renorm_limits", "_running", "_sync"},
+    {"_view"},
     {"_normalizer"},
     {"_apply"},
     {"_batch_norm"},
     {"_dropout", "_ema", "_functions", "_renorm"},
     {"_ghost", "_replicas"},
+    {"_gathered", "_kernel_layout", "_pool"},
+    {"_gather", "_population"},
+    {"_affine"},
+    {"_fold", "_fold_check", "_fold_names"},
+    {"_fold_tree"},
     {"tf1._arguments", "tf1._axes", "tf1._paths", "tf1._variables"},
     {
         "tf1._dropout",
@@ -27,14 +34,45 @@ LAYERS = (
     {"tf1._layer"},
     {"tf1._batch_norm", "tf1._batch_normalization"},
     {"tf1.__init__"},
+    {
+        "convert._ema_norm",
+        "convert._debias",
+        "convert._npz",
+        "convert._safetensors",
+        "convert._torch_file",
+    },
+    {"convert._dialect", "convert._files"},
+    {"convert._values"},
+    {"convert._converted"},
+    {"convert._found", "convert._tensorflow"},
+    {
+        "convert._equinox_state",
+        "convert._flax",
+        "convert._haiku",
+        "convert._keras",
+        "convert._tf1",
+        "convert._torch",
+    },
+    {"convert._equinox"},
+    {"convert.__init__"},
+    {"_model_average", "_roles"},
+    {"diagnose._files", "diagnose._layers", "diagnose._report"},
+    {"diagnose._probe", "diagnose._values"},
+    {"diagnose._drift"},
+    {"diagnose._diagnose"},
+    {"diagnose.__init__", "diagnose.__main__"},
+    {"optim"},
     {"__init__"},
-    {"_flax_call", "_flax_restore"},
-    {"_linen_stats", "_linen_train", "_nnx_norm", "_nnx_train"},
-    {"_linen_norm"},
+    {"_flax_call", "_flax_gather", "_flax_restore"},
+    {"_linen_folded", "_linen_population", "_linen_stats", "_linen_train"},
+    {"_nnx_norm", "_nnx_train"},
+    {"_linen_norm", "_nnx_fold", "_nnx_population"},
     {"linen", "nnx"},
 )
 STANDARD = {
     "collections",
+    "contextlib",
+    "re",
     "types",
     "dataclasses",
     "functools",
@@ -44,16 +82,30 @@ STANDARD = {
     "warnings",
 }
 # The packages that a room may import besides jax and the standard library.
-PACKAGES = {"_normalizer": {"numpy"}, "_replicas": {"numpy"}}
-LINEN = ("_linen_norm", "_linen_stats", "_linen_train", "linen")
-NNX = ("_nnx_norm", "_nnx_train", "nnx")
-for room in ("_flax_call", "_flax_restore", *LINEN, *NNX):
+PACKAGES = {
+    room: {"numpy"} for room in ("_fold_check", "_normalizer", "_pool", "_replicas")
+}
+PACKAGES["_population"] = {"tqdm"}
+LINEN = ("_linen_folded", "_linen_norm", "_linen_population", "_linen_stats")
+LINEN += ("_linen_train", "linen")
+NNX = ("_nnx_fold", "_nnx_norm", "_nnx_population", "_nnx_train", "nnx")
+for room in ("_flax_call", "_flax_gather", "_flax_restore", *LINEN, *NNX):
     PACKAGES[room] = {"flax", "optax"} if room.endswith("_train") else {"flax"}
 ROOT = Path(jaxbn.__file__).parent
 ROOMS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in ROOT.rglob("*.py")
 }
+# Files are read by packages that are imported where they are used.
+FILES = {"contextlib", "io", "json", "os", "pathlib", "pickle", "secrets"}
+FILES |= {"numpy", "safetensors", "torch", "zipfile"}
+PACKAGES |= {room: FILES for room in ROOMS if room.startswith("convert.")}
+PACKAGES["optim"] = {"optax"}
+PACKAGES |= {f"diagnose.{room}": {"numpy"} for room in ("_drift", "_layers", "_probe")}
+PACKAGES["diagnose._values"] = {"numpy"}
+PACKAGES["diagnose._files"] = {"numpy", "orbax", "os", "pathlib"}
+PACKAGES["diagnose._report"] = {"matplotlib", "os"}
+PACKAGES["diagnose.__main__"] = {"argparse", "sys"}
 ABOVE = {room: set().union(*LAYERS[:i]) for i, layer in enumerate(LAYERS) for room in layer}
 
 

@@ -1,5 +1,6 @@
 """A batch spread over devices: equal to the whole batch in every parallel style."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,140 +11,22 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from tests.styles import DEVICES, PLAIN, STYLES, flat, mesh, value_and_gradients
 from tests.test_laws import change
 
-DEVICES, ROWS = 8, 6
-
-
-def mesh(kind=AxisType.Auto):
-    return jax.make_mesh((DEVICES,), ("d",), axis_types=(kind,))
-
-
-# A style is `run(layer, params, state, x, weights, dy)` with a leading axis of devices, and
-# returns y, the state, and the gradients of sum(y dy) by params (of the whole) and by x.
-
-
-def value_and_gradients(layer, params, state, x, weights, dy):
-    def loss(params, x):
-        options = {} if weights is None else {"weights": weights}
-        y, after = layer.apply(params, state, x, True, **options)
-        return (y * dy).sum(), (y, after)
-
-    (by_params, by_x), (y, after) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
-    return y, after, by_params, by_x
-
-
-def by_pmap(layer, params, state, x, weights, dy):
-    run = functools.partial(value_and_gradients, change(layer, axis_name="d"))
-    y, after, by_params, by_x = jax.pmap(run, axis_name="d", in_axes=(None, None, 0, 0, 0))(
-        params, state, x, weights, dy
-    )
-    return replicated(y, after, total(by_params), by_x)
-
-
-def by_vmap(layer, params, state, x, weights, dy):
-    run = functools.partial(value_and_gradients, change(layer, axis_name="d"))
-    # Without a gradient inside, the state is the same for all, and typed so.
-    forward = jax.vmap(
-        lambda x, w: run(params, state, x, w, jnp.ones_like(x))[1],
-        axis_name="d",
-        out_axes=None,
-    )
-    after = forward(x, weights)
-    y, _, by_params, by_x = jax.vmap(run, axis_name="d", in_axes=(None, None, 0, 0, 0))(
-        params, state, x, weights, dy
-    )
-    return y, after, total(by_params), by_x
-
-
-def by_shard_map(layer, params, state, x, weights, dy, check_vma=True):
-    def shard(params, state, x, weights, dy):
-        x, weights, dy = jax.tree.map(lambda leaf: leaf[0], (x, weights, dy))
-        y, after, by_params, by_x = value_and_gradients(
-            change(layer, axis_name="d"), params, state, x, weights, dy
-        )
-        if not check_vma:
-            by_params = jax.lax.psum(by_params, "d")
-        return y[None], after, by_params, by_x[None]
-
-    return jax.jit(
-        jax.shard_map(
-            shard,
-            mesh=mesh(),
-            in_specs=(P(), P(), P("d"), P("d"), P("d")),
-            out_specs=(P("d"), P(), P(), P("d")),
-            check_vma=check_vma,
-        )
-    )(params, state, x, weights, dy)
-
-
-def by_unchecked_shard_map(*arguments):
-    return by_shard_map(*arguments, check_vma=False)
-
-
-def by_sharded_jit(layer, params, state, x, weights, dy, kind=AxisType.Auto):
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (x, weights, dy))
-    with jax.set_mesh(mesh(kind)):
-        spread = jax.device_put(flat, NamedSharding(mesh(kind), P("d")))
-        whole = jax.device_put((params, state), NamedSharding(mesh(kind), P()))
-        y, after, by_params, by_x = jax.jit(functools.partial(value_and_gradients, layer))(
-            *whole, *spread
-        )
-        assert y.sharding.spec[0] == "d"
-        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(after))
-        return y.reshape(x.shape), after, by_params, by_x.reshape(x.shape)
-
-
-def by_explicit_jit(layer, params, state, x, weights, dy):
-    arguments = layer, params, state, x, weights, dy, AxisType.Explicit
-    return jax.tree.map(np.asarray, by_sharded_jit_explicit(*arguments))
-
-
-def by_sharded_jit_explicit(layer, params, state, x, weights, dy, kind):
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (x, weights, dy))
-    explicit = mesh(kind)
-    with jax.set_mesh(explicit):
-        spread = jax.device_put(flat, NamedSharding(explicit, P("d")))
-        whole = jax.device_put((params, state), NamedSharding(explicit, P()))
-        traces = []
-
-        @jax.jit
-        def step(*arguments):
-            traces.append(arguments)
-            return value_and_gradients(layer, *arguments)
-
-        y, after, by_params, by_x = step(*whole, *spread)
-        step(whole[0], after, *spread)
-        assert len(traces) == 1
-    return np.reshape(y, x.shape), after, by_params, np.reshape(by_x, x.shape)
-
-
-def total(by_params):
-    return jax.tree.map(lambda leaf: leaf.sum(0), by_params)
-
-
-def replicated(y, after, by_params, by_x):
-    for leaf in jax.tree.leaves(after):
-        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
-    return y, jax.tree.map(lambda leaf: leaf[0], after), by_params, by_x
-
-
-STYLES = {
-    style.__name__: style
-    for style in (
-        by_pmap,
-        by_vmap,
-        by_shard_map,
-        by_unchecked_shard_map,
-        by_sharded_jit,
-        by_explicit_jit,
-    )
-}
+ROWS = 6
 LAYERS = {
     "default": (jaxbn.BatchNorm(), (3,)),
-    "channels_first": (jaxbn.BatchNorm(feature_axes=1, ddof=1), (3, 2)),
-    "cumulative": (jaxbn.BatchNorm(momentum=None, use_bias=False), (2, 3)),
+    "channels_first": (
+        jaxbn.BatchNorm(feature_axes=1, ddof=1, momentum=None, use_bias=False),
+        (3, 2),
+    ),
     "renorm": (jaxbn.BatchRenorm(jaxbn.BatchNorm(momentum=0.7)), (3,)),
+    "ghosts": (jaxbn.GhostBatchNorm(jaxbn.BatchNorm(momentum=0.7), 3), (3,)),
+    "ghosts_renorm": (
+        jaxbn.GhostBatchNorm(jaxbn.BatchRenorm(), 2, layout="strided", tracking="averaged"),
+        (3,),
+    ),
 }
 SHARDS = ("full", "uneven", "masked", "one_empty", "weighted")
 
@@ -165,22 +48,108 @@ def draw(kind, shape):
     return as_float(x), None if weights is None else as_float(weights), as_float(dy)
 
 
-@pytest.mark.parametrize("shards", SHARDS)
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("case", LAYERS)
-def test_a_spread_batch_is_the_whole_batch(case, style, shards):
+def by_one_device(layer, devices, params, state, *batch):
+    """Returns what one device makes of the batch of all.
+
+    It finds the rows of a ghost batch of all devices side by side, or, if strided, already
+    as far apart as they must be.
+    """
+    shape, order = batch[0].shape, np.arange(DEVICES * ROWS)
+    if isinstance(layer, jaxbn.GhostBatchNorm):
+        size = layer.virtual_batch_size
+        if layer.layout == "contiguous":
+            order = order.reshape(devices, -1, size).swapaxes(0, 1).ravel()
+        layer = dataclasses.replace(layer, virtual_batch_size=devices * size)
+    rows = jax.tree.map(lambda leaf: leaf[order], flat(batch))
+    y, after, by_params, by_x = value_and_gradients(layer, params, state, *rows)
+    y, by_x = (leaf[np.argsort(order)].reshape(shape) for leaf in (y, by_x))
+    return y, after, by_params, by_x
+
+
+@functools.cache
+def on_one_device(case, devices):
+    return jax.jit(functools.partial(by_one_device, LAYERS[case][0], devices))
+
+
+# What only nests the plain styles runs the layers that nest all others.
+SPREAD = [
+    (case, style)
+    for case in LAYERS
+    for style in STYLES
+    if style in PLAIN or case in ("default", "ghosts_renorm")
+]
+
+
+@pytest.mark.parametrize(("case", "style"), SPREAD)
+def test_a_spread_batch_is_the_whole_batch(case, style):
     layer, shape = LAYERS[case]
-    x, weights, dy = draw(shards, shape)
+    make, devices = STYLES[style]
     params, state = layer.init(3)
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (x, weights, dy))
-    want = value_and_gradients(layer, params, state, *flat)
-    got = STYLES[style](layer, params, state, x, weights, dy)
-    y, after, by_params, by_x = got
+    program, one = make(layer), on_one_device(case, devices)
+    # Without weights it is another program, and those of a style are alike.
+    for shards in SHARDS if style in PLAIN else SHARDS[1:]:
+        batch = draw(shards, shape)
+        want = one(params, state, *batch)
+        got = program(params, state, *batch)
+        near = functools.partial(
+            np.testing.assert_allclose, rtol=1e-5, atol=1e-5, err_msg=shards
+        )
+        jax.tree.map(near, got, want)
+
+
+@pytest.mark.parametrize("style", PLAIN)
+@pytest.mark.parametrize("offset", [1.0, 1e3])
+def test_a_large_spread_batch_is_the_whole_batch(style, offset):
+    """Large shards are summed in other ways than small ones; far from 0, in yet another."""
+    layer = jaxbn.BatchNorm(momentum=0.5)
+    params, state = layer.init(2)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(DEVICES, 8192, 2)) + offset * (
+        1 + np.arange(DEVICES)[:, None, None]
+    )
+    x, dy = x.astype(np.float32), rng.normal(size=x.shape).astype(np.float32)
+    y, after, by_params, by_x = STYLES[style][0](layer)(params, state, x, None, dy)
+    wide = x.astype(np.float64).reshape(-1, 2)
+    mean, var = wide.mean(0), wide.var(0)
     near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    near(y, want[0].reshape(x.shape))
-    jax.tree.map(near, after, want[1])
-    jax.tree.map(functools.partial(near, atol=1e-4), by_params, want[2])
-    near(by_x, want[3].reshape(x.shape))
+    near(after.mean, mean / 2)
+    near(after.var, (var + 1) / 2)
+    normal = (wide - mean) / np.sqrt(var + 1e-5)
+    near(y.reshape(-1, 2), normal, atol=1e-3 if offset > 1 else 1e-5)
+    flat_dy = dy.astype(np.float64).reshape(-1, 2)
+    near(by_params.bias, flat_dy.sum(0), atol=2e-3)
+    near(by_params.scale, (flat_dy * normal).sum(0), atol=2e-3)
+    back = flat_dy.mean(0) + normal * (flat_dy * normal).mean(0)
+    near(by_x.reshape(-1, 2), (flat_dy - back) / np.sqrt(var + 1e-5), atol=2e-5)
+
+
+@pytest.mark.parametrize("style", ["pmap", "shard_map"])
+def test_an_ensemble_inside_a_style(style):
+    """Members of an unnamed vmap keep their statistics to themselves."""
+    layer = jaxbn.BatchNorm(axis_name="d", momentum=0.5)
+    state = layer.init(3)[1]
+    x, weights, _ = draw("one_empty", (2, 3))
+    scale = jnp.array([[1.0, 2, 3], [-1, 0, 0.5]])
+    members = jaxbn.BatchNormParams(scale, scale + 1)
+
+    def run(x, weights):
+        one = lambda params, x: layer.apply(params, state, x, True, weights=weights)
+        return jax.vmap(one, in_axes=(0, -2), out_axes=(-2, 0))(members, x)
+
+    if style == "pmap":
+        y, after = jax.pmap(run, axis_name="d")(x, weights)
+        after = jax.tree.map(lambda leaf: leaf[0], after)
+    else:
+        options = {"in_specs": P("d"), "out_specs": (P("d"), P())}
+        y, after = jax.jit(jax.shard_map(run, mesh=mesh(), **options))(*flat((x, weights)))
+    alone = jaxbn.BatchNorm(momentum=0.5)
+    for member in range(2):
+        params = jax.tree.map(lambda leaf, i=member: leaf[i], members)
+        rows, w = x[..., member, :].reshape(-1, 3), weights.reshape(-1)
+        want, stats = alone.apply(params, state, rows, True, weights=w)
+        got = y.reshape(-1, 2, 3)[:, member]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(after.var[member], stats.var, rtol=1e-5)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0, 1e4])
@@ -207,7 +176,7 @@ def test_the_variance_over_devices_keeps_its_digits(spread, weighted):
 GROUPS = {"equal": ((0, 1, 2, 3), (4, 5, 6, 7)), "unequal": ((5, 0, 1), (2, 3, 4, 6, 7))}
 
 
-@pytest.mark.parametrize("style", [by_pmap, by_shard_map, by_unchecked_shard_map])
+@pytest.mark.parametrize("style", ["pmap", "shard_map", "unchecked_shard_map"])
 @pytest.mark.parametrize("groups", GROUPS)
 def test_groups_share_statistics_among_themselves(groups, style):
     members = GROUPS[groups]
@@ -219,7 +188,7 @@ def test_groups_share_statistics_among_themselves(groups, style):
         y, after = layer.apply(params, state, x, True, weights=weights)
         return y, after
 
-    if style is by_pmap:
+    if style == "pmap":
         y, after = jax.pmap(run, axis_name="d")(x, weights)
     else:
         mapped = jax.shard_map(
@@ -227,7 +196,7 @@ def test_groups_share_statistics_among_themselves(groups, style):
             mesh=mesh(),
             in_specs=P("d"),
             out_specs=P("d"),
-            check_vma=style is by_shard_map,
+            check_vma=style == "shard_map",
         )
         y, after = jax.jit(mapped)(x, weights)
     alone = jaxbn.BatchNorm(momentum=0.5)
@@ -348,9 +317,9 @@ def test_ghost_batches_within_a_shard_cost_no_collective(kind, size):
         y, _ = layer.apply(params, state, x, True)
         return (y**3).sum(), y
 
-    with jax.set_mesh(mesh(kind)):
-        spread = jax.device_put(x, NamedSharding(mesh(kind), P("d")))
-        params = jax.device_put(params, NamedSharding(mesh(kind), P()))
+    with jax.set_mesh(mesh(kind=kind)):
+        spread = jax.device_put(x, NamedSharding(mesh(kind=kind), P("d")))
+        params = jax.device_put(params, NamedSharding(mesh(kind=kind), P()))
         run = jax.jit(jax.grad(loss, has_aux=True)).lower(spread, params).compile()
         np.testing.assert_allclose(run(spread, params)[1], want, rtol=1e-4, atol=1e-5)
     spans = size > 8
@@ -400,25 +369,86 @@ def test_copies_of_a_replicated_array_are_compared():
         jax.vmap(lambda x: jaxbn.sync_state({"mean": x}, "d"), axis_name="d")(jnp.ones(2))
 
 
+def by_mesh(run, out_specs, **options):
+    return jax.jit(
+        jax.shard_map(run, mesh=mesh(), in_specs=P("d"), out_specs=out_specs, **options)
+    )
+
+
 def test_mistakes_about_axes_are_explained():
     layer = jaxbn.BatchNorm(axis_name="d")
     params, state = layer.init(3)
     x = jnp.ones((8, 3))
-    with pytest.raises(NameError, match=r"no mapped axis 'd'.*leave axis_name out"):
-        layer.apply(params, state, x, True)
+    run = lambda x: layer.apply(params, state, x, True)
+    with jax.set_mesh(mesh()):
+        for mistaken in (run, jax.jit(run), jax.vmap(run, axis_name="e", in_axes=1)):
+            with pytest.raises(NameError, match=r"no mapped axis 'd'.*leave axis_name out"):
+                mistaken(x if mistaken is run else x[:, None])
     assert layer.apply(params, state, x, False)[0].shape == (8, 3)
+    for name in (0, ["d"], {"d"}, ("d", "d"), ("d", ("e",))):
+        with pytest.raises(TypeError, match='Write "data" or'):
+            jaxbn.BatchNorm(axis_name=name)
+    nested = change(layer, axis_name=("d", "v"))
+    inner = lambda x: nested.apply(params, state, x[None], True)[0]
+    with pytest.raises(NotImplementedError, match=r"axes \('v',\) of vmap.*mesh axes"):
+        by_mesh(jax.vmap(inner, axis_name="v"), P(None, "d"))(x)
+    halves = lambda x: layer.apply(params, state, x[:, :2], True)
+    with pytest.raises(
+        ValueError, match=r"shape \(2,\) for x of shape \(1, 2\), got \(3,\)"
+    ):
+        by_mesh(halves, P("d"))(x)
+    unlike = jaxbn.Moments(jnp.ones(3), jnp.ones(2), jnp.ones(3))
+    with pytest.raises(ValueError, match=r"one shape, got \(3,\) and \(2,\)"):
+        jax.vmap(lambda _: jaxbn.sync_moments(unlike, "d"), axis_name="d")(x)
+    for weight in (-1.0, np.ones(3), np.nan):
+        with pytest.raises(ValueError, match=r"that this replica|a replica counts"):
+            jax.vmap(
+                lambda _, w=weight: jaxbn.sync_state(state, "d", weight=w), axis_name="d"
+            )(x)
+
+
+def test_mistakes_about_groups_are_explained():
+    layer = jaxbn.BatchNorm(axis_name="d")
+    params, state = layer.init(3)
+    x = jnp.ones((8, 1, 3))
     grouped = change(layer, axis_index_groups=[[0, 1], [2, 3]])
     by_device = jax.pmap(lambda x: grouped.apply(params, state, x, True), axis_name="d")
     with pytest.raises(ValueError, match="do not cover the 8 devices"):
-        by_device(x[:, None])
+        by_device(x)
     grouped = change(layer, axis_index_groups=jaxbn.axis_groups(8, 2))
     ensemble = jax.vmap(lambda x: grouped.apply(params, state, x, True), axis_name="d")
     with pytest.raises(NotImplementedError, match="nest two vmaps"):
-        ensemble(x[:, None])
-    for groups in ([[0, 1], [1, 2]], [[0, 2]], [[0], []]):
+        ensemble(x)
+    for groups in ([[0, 1], [1, 2]], [[0, 2]], [[0], []], []):
         with pytest.raises(ValueError, match="exactly one group"):
+            change(layer, axis_index_groups=groups)
+    for groups in (2, [0, 1], [[0.5, 1]]):
+        with pytest.raises(TypeError, match=r"Write \(\(0, 1\), \(2, 3\)\)"):
             change(layer, axis_index_groups=groups)
     with pytest.raises(ValueError, match="one axis_name"):
         jaxbn.BatchNorm(axis_index_groups=[[0, 1]])
-    with pytest.raises(ValueError, match="group_size=3 does not divide num_devices=8"):
-        jaxbn.axis_groups(8, 3)
+    for devices in (8, -9, 0):
+        with pytest.raises(ValueError, match=f"group_size=3 .* num_devices={devices}"):
+            jaxbn.axis_groups(devices, 3)
+
+
+def test_a_forgotten_axis_name_is_loud_where_jax_tracks_what_varies():
+    layer = jaxbn.BatchNorm()
+    params, state = layer.init(3)
+    x = draw("full", (3,))[0].reshape(-1, 3)
+    track = lambda x: layer.apply(params, state, x, True)[1]
+    for training in (True, jnp.array(True)):
+        with pytest.raises(ValueError, match=r"shard_map .* out_specs"):
+            by_mesh(lambda x, t=training: layer.apply(params, state, x, t)[1], P())(x)
+    steps = lambda x: jax.lax.fori_loop(
+        0, 2, lambda _, s: layer.apply(params, s, x, True)[1], state
+    )
+    with pytest.raises(TypeError, match=r"pcast|pvary"):
+        by_mesh(steps, P())(x)
+    # Elsewhere it is silent, and the replicas tell.
+    silent = by_mesh(track, P(), check_vma=False)(x)
+    assert jaxbn.replica_differences(silent).keys() == {".mean", ".var"}
+    # Local statistics that are meant so are those of each shard.
+    local = by_mesh(lambda x: jax.tree.map(lambda s: s[None], track(x)), P("d"))(x)
+    want = jax.vmap(track)(x.reshape(DEVICES, -1, 3))
+    np.testing.assert_allclose(local.var, want.var, rtol=1e-5)

@@ -7,11 +7,13 @@ ReLU) for 8 and 64 CPU devices and, where libtpu is installed, for the TPU topol
     python3 -m venv tpu && tpu/bin/pip install -e . 'jax[tpu]' flax
     tpu/bin/python -m tests.topologies
 
-prints the tables of docs/scale.md in 4 minutes on two cores (jax 0.10.2, libtpu 0.0.42.1)
-and fails where a count differs from the documented one.
+takes 4 minutes on two cores (jax 0.10.2, libtpu 0.0.42.1) and fails where docs/scale.md
+says another number than the programs; with --write it writes the tables of that page.
 """
 
+import argparse
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -19,8 +21,8 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,14 +39,12 @@ IMAGE = (32, 56, 56, CHANNELS)  # the shard of a device, in bfloat16
 PLACES = {"cpu:8": 8, "cpu:64": 64, "v5e:2x2": 4, "v5e:16x16": 256}
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 
-# Of one layer: all-reduces forward, and forward and backward, and the vectors of CHANNELS
-# floats that they carry, likewise. The same wherever it is compiled for.
-COUNTS = {
-    ("jaxbn", "jit"): ((2, 3), (3, 5)),
-    ("jaxbn", "shard_map"): ((1, 2), (9, 11)),
-    ("flax", "jit"): ((1, 2), (2, 5)),
-    ("flax", "shard_map"): ((1, 2), (2, 5)),
-}
+PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
+MARKS = "<!-- written by tests/topologies.py -->\n", "<!-- until here -->\n"
+ROWS = [(lib, style) for style in ("jit", "shard_map") for lib in ("jaxbn", "flax")]
+# A layer that names its axis sends as much wherever it is compiled for: all-reduces and
+# vectors of CHANNELS floats, forward, and forward and backward.
+SENT = (1, 2), (9, 11)
 # Vectors forward where GROUP neighbours share statistics, by how the groups are named.
 GROUPED = {
     "two mesh axes": ({"groups": "mesh"}, lambda devices: 9),
@@ -178,12 +178,12 @@ def all_reduces(program):
 def measure(place):
     """Returns what a place's programs send, as {row: numbers}."""
     plain = {}
-    for library, style in COUNTS:
+    for library, style in ROWS:
         programs = [
             compiled(place, library, style, backward=backward) for backward in (False, True)
         ]
         counts, sizes = zip(*map(all_reduces, programs), strict=True)
-        memory = programs[1].memory_analysis().peak_memory_in_bytes
+        memory = programs[1].memory_analysis().temp_size_in_bytes
         plain[f"{library} {style}"] = [counts, sizes, memory]
     grouped = {}
     for name, (options, _) in GROUPED.items():
@@ -215,12 +215,11 @@ def _hyphens(names):
 
 
 def check(place, got):
-    """Fails where a compiled program differs from what docs/scale.md says."""
+    """Fails where a program does other than docs/scale.md says in words."""
     vector = LAYERS * CHANNELS * 4
-    for (library, style), (counts, vectors) in COUNTS.items():
-        seen_counts, seen_sizes, _ = got["plain"][f"{library} {style}"]
-        want = [LAYERS * count for count in counts], [vector * size for size in vectors]
-        assert (seen_counts, seen_sizes) == want, (place, library, style, got)
+    counts, sizes, _ = got["plain"]["jaxbn shard_map"]
+    want = [LAYERS * count for count in SENT[0]], [vector * size for size in SENT[1]]
+    assert (counts, sizes) == want, (place, got)
     for name, (_, vectors) in GROUPED.items():
         want = [LAYERS, vector * vectors(PLACES[place])]
         assert got["grouped"][name] == want, (place, name, got)
@@ -230,23 +229,40 @@ def check(place, got):
             assert written == kept, (place, name, written, kept)
 
 
-def print_tables(results):
-    print("| place | | all-reduces of a layer | bytes of a layer | peak memory |")
-    print("|---|---|---|---|---|")
+def tables(results):
+    """Returns the lines of docs/scale.md."""
+    yield "| place | | all-reduces of a layer | bytes of a layer | temporary memory |"
+    yield "|---|---|---|---|---|"
     for place, got in results.items():
         for name, (counts, sizes, memory) in got["plain"].items():
             cells = (
-                " + ".join(f"{n // LAYERS:,}" for n in (pair[0], pair[1] - pair[0]))
+                " + ".join(f"{n / LAYERS:,.10g}" for n in (pair[0], pair[1] - pair[0]))
                 for pair in (counts, sizes)
             )
-            print(
-                f"| {place} | {name} |", " | ".join(cells), f"| {memory / 2**20:.0f} MiB |"
-            )
-    print("\n| place | groups of 4 by | all-reduces of a layer forward | bytes |")
-    print("|---|---|---|---|")
+            yield f"| {place} | {name} | {' | '.join(cells)} | {memory / 2**20:.0f} MiB |"
+    yield ""
+    yield f"| place | groups of {GROUP} by | all-reduces of a layer forward | bytes |"
+    yield "|---|---|---|---|"
     for place, got in results.items():
         for name, (count, size) in got["grouped"].items():
-            print(f"| {place} | {name} | {count // LAYERS} | {size // LAYERS:,} |")
+            yield f"| {place} | {name} | {count // LAYERS} | {size // LAYERS:,} |"
+
+
+def write(lines):
+    """Puts the lines into docs/scale.md."""
+    libraries = ("jax", "flax", "libtpu")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
+    before, rest = PAGE.read_text().split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    body = "\n".join([f"Compiled by {versions}.", "", *lines, ""])
+    PAGE.write_text(f"{before}{MARKS[0]}\n{body}\n{MARKS[1]}{after}")
+
+
+def compare(lines):
+    """Fails where docs/scale.md lacks a line of the tables."""
+    written = PAGE.read_text().splitlines()
+    missing = [line for line in lines if line not in written]
+    assert not missing, "\n".join([f"{PAGE} lacks, see --write:", *missing])
 
 
 def run(place):
@@ -274,23 +290,33 @@ def run(place):
 
 
 def main():
-    if sys.argv[1:]:
-        print(json.dumps(measure(sys.argv[1])))
+    parser = argparse.ArgumentParser(description="Counts what programs of a mesh send.")
+    parser.add_argument("place", nargs="?", choices=PLACES, help="print its numbers only")
+    parser.add_argument("--write", action="store_true", help="the tables of docs/scale.md")
+    args = parser.parse_args()
+    if args.place:
+        print(json.dumps(measure(args.place)))
         return
-    results, skipped = {}, []
-    for place in PLACES:
-        if not place.startswith("cpu") and importlib.util.find_spec("libtpu") is None:
-            skipped.append(place)
-            continue
-        results[place] = run(place)
-        check(place, results[place])
-    print(f"jax {jax.__version__}, flax {flax.__version__}\n")
-    print_tables(results)
+    places, skipped = list(PLACES), []
+    if importlib.util.find_spec("libtpu") is None:
+        skipped = [place for place in places if not place.startswith("cpu")]
+        places = [place for place in places if place not in skipped]
+    missing = (
+        f"SKIPPED {', '.join(skipped)}: there is no libtpu here. "
+        "Run pip install 'jax[tpu]' in a virtual environment of its own."
+    )
+    if skipped and args.write:
+        parser.error(missing)
+    results = {place: run(place) for place in places}
+    lines = list(tables(results))
+    print("\n".join(lines))
     if skipped:
-        print(
-            f"\nSKIPPED {', '.join(skipped)}: there is no libtpu here. "
-            "Run pip install 'jax[tpu]' in a virtual environment of its own."
-        )
+        print("", missing, sep="\n")
+    for place, got in results.items():
+        check(place, got)
+    if args.write:
+        write(lines)
+    compare(lines)
 
 
 if __name__ == "__main__":
