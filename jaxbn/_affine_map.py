@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxbn._dtypes import real_part, widest
 from jaxbn._isolation import Input, hidden, is_isolable, isolated, on_cpu_or_not
-from jaxbn._placement import vary_over, varying_axes
+from jaxbn._placement import broadcast_like, vary_over, varying_axes
 from jaxbn._typing import Activation, Array, DTypeLike
 
 
@@ -127,9 +127,9 @@ def _tangent_before(dtype, x, mean, slope, tangents):
     if tresidual is not None:
         rest.append(tresidual.astype(mean.dtype))
     if toffset is not None:
-        rest.append(jnp.broadcast_to(toffset, x.shape))
+        rest.append(broadcast_like(toffset, x))
     if tslope is None and not rest:
-        return jnp.zeros(x.shape, dtype)
+        return jnp.zeros_like(x, dtype)
     together = functools.partial(_together, dtype)
     if not is_isolable(x):
         return together(x, mean, tslope, *rest)

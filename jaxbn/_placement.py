@@ -49,6 +49,19 @@ def explicit_axes(x: Array) -> bool:
     return any(entry is not None for entry in jax.typeof(x).sharding.spec)
 
 
+def broadcast_like(x: Array, other: Array) -> Array:
+    """Returns `x`, of the rank of `other`, in its shape, with the sharding of its type."""
+    sharding = jax.typeof(other).sharding if explicit_axes(other) else None
+    dimensions = tuple(range(other.ndim))
+    return lax.broadcast_in_dim(x, other.shape, dimensions, out_sharding=sharding)
+
+
+def unsplit_axes(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns those of `axes` that the type of `x` does not split over devices."""
+    spec = jax.typeof(x).sharding.spec
+    return tuple(axis for axis in axes if spec[axis] is None)
+
+
 def split_axis(x: Array, sizes: tuple[int, int]) -> Array:
     """Returns `x` with its first axis divided into two of `sizes`, the first slower."""
     shape = (*sizes, *x.shape[1:])

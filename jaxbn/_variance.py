@@ -14,6 +14,7 @@ from jaxbn._axes import expand
 from jaxbn._double import settled, two_sum
 from jaxbn._dtypes import real_part, upcast
 from jaxbn._isolation import Input, hidden, is_small, on_cpu_or_not
+from jaxbn._placement import unsplit_axes
 from jaxbn._typing import Array, Pair
 
 Triple = tuple[Array, Array, Array]
@@ -23,6 +24,7 @@ ILL_CONDITIONED = 16.0
 # A sample holds at least one of this many elements. Were its mean off by d, it alone would
 # add d^2 / SPARSENESS to the variance: as many bits are lost at most.
 SPARSENESS = 32
+MANY = 256
 
 
 def count_elements(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Array:
@@ -64,12 +66,13 @@ def _guarded(
     mean = _mean(upcast(first), weights, count, axes)
     square = _mean(upcast(second), weights, count, axes, times=upcast(second))
     well = jnp.all(jnp.square(mean) <= ILL_CONDITIONED * (square - jnp.square(mean)))
+    shift = settled(mean)
 
     def again():
-        return _deviations(x, weights, count, axes, mean, hidden)
+        return _deviations(x, weights, count, axes, shift, hidden)
 
     slip, spread = lax.cond(well, lambda: (mean, square), again)
-    return _combined(jnp.where(well, jnp.zeros_like(mean), mean), slip, spread)
+    return _combined(jnp.where(well, jnp.zeros_like(shift), shift), slip, spread)
 
 
 def _sampled(
@@ -118,17 +121,23 @@ def _combined(shift: Array, slip: Array, spread: Array) -> Triple:
 
 
 def _sample(x: Array, axes: tuple[int, ...]) -> Array:
-    """Returns a part of `x`, cut so that a batch spread over devices need not move."""
-    if len(axes) == 1:
+    """Returns a part of `x`, cut so that a batch spread over devices need not move.
+
+    The first axis is that of the batch, and only cut if there is no other.
+    """
+    free = unsplit_axes(x, axes)
+    if len(axes) == 1 and free:
         (axis,) = axes
-        step = math.gcd(x.shape[axis], SPARSENESS)
+        # What is left divides evenly over MANY devices.
+        step = max(math.gcd(x.shape[axis], SPARSENESS * MANY) // MANY, 1)
         shape = *x.shape[:axis], x.shape[axis] // step, step, *x.shape[axis + 1 :]
         return lax.index_in_dim(x.reshape(shape), 0, axis + 1, keepdims=False)
     limits, sparseness = list(x.shape), SPARSENESS
     for axis in axes[1:]:
-        step = min(x.shape[axis], sparseness)
-        limits[axis] = -(-x.shape[axis] // step)
-        sparseness //= step
+        if axis in free:
+            step = min(x.shape[axis], sparseness)
+            limits[axis] = -(-x.shape[axis] // step)
+            sparseness //= step
     return lax.slice(x, [0] * x.ndim, limits)
 
 
