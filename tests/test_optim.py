@@ -47,7 +47,7 @@ class Nnx(nnx.Module):
         def ensemble(rngs):
             return jaxbn.nnx.BatchNorm(3, rngs=rngs)
 
-        self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs), nnx.LayerNorm(3, rngs=rngs)])
+        self.layers = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.LayerNorm(3, rngs=rngs))
         self.inner = jaxbn.nnx.BatchNorm(3, use_bias=False, rngs=rngs)
         self.members = ensemble(rngs)
 
@@ -218,7 +218,7 @@ def test_an_nnx_optimizer_takes_the_mask():
     moved = jax.tree.map(
         lambda a, b: bool((a != b).any()), before, nnx.state(model, nnx.Param)
     )
-    assert paths_where(moved, bool) == {"['layers'][0]['kernel'].value"}
+    assert paths_where(moved, bool) == {"['layers']['layers'][0]['kernel'].value"}
 
 
 @pytest.mark.parametrize("decay", [None, 0.0, 0.9])
