@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn._axes import as_axes, expand, reduction_axes
 from jaxbn._batch_norm import BatchNorm
@@ -123,18 +124,19 @@ def affine_of(
 
 
 def _check_values(name: str, key: str, array: Array) -> None:
-    if not bool(jnp.isfinite(array).all()):
-        where = jnp.argwhere(~jnp.isfinite(array))[0].tolist()
+    # In NumPy, so that arrays whose values are known are checked inside jit too.
+    array = np.asarray(array)
+    if not np.isfinite(array).all():
+        where = np.argwhere(~np.isfinite(array))[0].tolist()
         raise ValueError(
             f"{name} has {key}={array[tuple(where)]} at feature {where}. Fold a norm whose "
             "arrays are finite; jaxbn.reestimate makes new statistics."
         )
-    if key == "var" and not bool((array > 0).all()):
-        where = jnp.argwhere(array <= 0)[0].tolist()
+    if key == "var" and not (array >= 0).all():
+        where = np.argwhere(array < 0)[0].tolist()
         raise ValueError(
-            f"{name} has var={array[tuple(where)]} at feature {where}, which must be "
-            "positive. Re-estimate the statistics; for a feature that never varies, any "
-            "variance gives the same result: put 1 there."
+            f"{name} has var={array[tuple(where)]} at feature {where}, which must not be "
+            "negative. Re-estimate the statistics: jaxbn.reestimate."
         )
 
 

@@ -48,7 +48,9 @@ def affine_map(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(7, 8, 9))
 def _affine(x, mean, var, scale, bias, residual, captured, epsilon, dtype, activation):
     slope = _slope(_inverse(var, epsilon), scale, mean.dtype)
-    y = _before_activation(x.value, mean, slope, bias, residual)
+    # Or the loop over x would compute the vectors again for each element.
+    arrays = isolated(x.value, mean, slope, bias)
+    y = _before_activation(*arrays, residual)
     return (y if activation is None else activation(y, *captured)).astype(dtype)
 
 
@@ -120,42 +122,39 @@ def _vary_together(x, tslope, toffset):
 @functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
 def _tangent_before(dtype, x, mean, slope, tangents):
     """Returns the tangent of what enters the activation."""
-    tx, tslope, toffset, tresidual = tangents
-    rest = []
-    if tx is not None:
-        rest.append(tx.astype(mean.dtype) * slope)
-    if tresidual is not None:
-        rest.append(tresidual.astype(mean.dtype))
-    if toffset is not None:
-        rest.append(broadcast_like(toffset, x))
-    if tslope is None and not rest:
+    if not jax.tree.leaves(tangents):
         return jnp.zeros_like(x, dtype)
-    together = functools.partial(_together, dtype)
-    if not is_isolable(x):
-        return together(x, mean, tslope, *rest)
-    apart = functools.partial(_apart, dtype)
-    return on_cpu_or_not(apart, together, x, mean, tslope, *rest)
+    apart, together = (functools.partial(f, dtype) for f in (_apart, _together))
+    arrays = x, mean, slope, tangents
+    return on_cpu_or_not(apart, together, *arrays) if is_isolable(x) else together(*arrays)
 
 
-def _together(dtype, x, mean, tslope, *rest):
-    if tslope is not None:
-        rest = ((x.astype(mean.dtype) - mean) * tslope, *rest)
-    return functools.reduce(operator.add, rest).astype(dtype)
+def _together(dtype, x, mean, slope, tangents):
+    return functools.reduce(operator.add, _parts(x, mean, slope, tangents)).astype(dtype)
 
 
-def _apart(dtype, x, mean, tslope, *rest):
+def _apart(dtype, x, mean, slope, tangents):
     """Returns the same, added so that, transposed, each sum reads a value of its own."""
-    if tslope is not None:
-        x, mean = hidden(x, mean)
-        rest = ((x.astype(mean.dtype) - mean) * tslope, *rest)
-    parts = []
-    for depth, part in enumerate(rest):
+    apart = []
+    for depth, part in enumerate(_parts(*hidden(x, mean, slope), tangents)):
         part = part.astype(dtype)
         # Barriers of one value count as one, unless they are stacked to different heights.
         for _ in range(depth):
             part = lax.optimization_barrier(part)
-        parts.append(part)
-    return functools.reduce(operator.add, parts)
+        apart.append(part)
+    return functools.reduce(operator.add, apart)
+
+
+def _parts(x, mean, slope, tangents):
+    tx, tslope, toffset, tresidual = tangents
+    if tslope is not None:
+        yield (x.astype(mean.dtype) - mean) * tslope
+    if tx is not None:
+        yield tx.astype(mean.dtype) * slope
+    if tresidual is not None:
+        yield tresidual.astype(mean.dtype)
+    if toffset is not None:
+        yield broadcast_like(toffset, x)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxbn._axes import expand
 from jaxbn._double import settled, two_sum
 from jaxbn._dtypes import real_part, upcast
-from jaxbn._isolation import Input, hidden, is_small, on_cpu_or_not
+from jaxbn._isolation import Input, hidden, is_isolable, is_small, on_cpu_or_not, same
 from jaxbn._placement import unsplit_axes
 from jaxbn._typing import Array, Pair
 
@@ -161,8 +161,12 @@ def _mean_and_var_jvp(axes, primals, tangents):
 @functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
 def _tangent_of_x(axes, x, weights, count, mean, tx):
     centered = upcast(x) - expand(mean, axes)
-    tmean = _mean(tx, weights, count, axes)
-    return tmean, 2 * _mean(centered, weights, count, axes, times=tx)
+    tx = tx if weights is None else tx * weights
+    sums = jnp.sum(tx, axes), jnp.sum(centered * tx, axes)
+    if is_isolable(x):
+        # Transposed, or the loop over x would divide the vectors for each element.
+        sums = on_cpu_or_not(lax.optimization_barrier, same, sums)
+    return sums[0] / divisor(count), 2 * sums[1] / divisor(count)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)

@@ -1,9 +1,11 @@
 """The programs run as their headers say, on less of everything."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -36,6 +38,16 @@ def test_a_program_runs(program, tmp_path):
     for word in SHORT[program]:
         if word.endswith(".png"):
             assert (tmp_path / "mnist.png").stat().st_size > 10_000
+
+
+def test_reestimation_rescues_averaged_weights():
+    done = run("swa.py", "--seeds", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = re.findall(r"^\w+ weights, .*? (0\.\d.*)$", done.stdout, re.MULTILINE)
+    last, stale, averaged, reestimated = np.array([row.split() for row in rows], float)
+    assert (stale + 0.01 < reestimated).all()
+    assert (last < reestimated).all()
+    assert (stale < averaged).all()
 
 
 @pytest.mark.parametrize(

@@ -415,13 +415,26 @@ def affine(field, value, params=PARAMS, state=STATE):
     return jaxbn.as_affine(params, state._replace(**{field: value}), BN)
 
 
+def test_a_feature_that_never_varied_is_folded_exactly():
+    state = STATE._replace(var=jnp.zeros(3))
+    kernel, bias = jaxbn.fold(jnp.eye(3), None, jaxbn.as_affine(PARAMS, state, BN))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3)), jnp.float32)
+    want = (np.float64(x) - np.float64(STATE.mean)) / np.sqrt(BN.epsilon)
+    want = want * np.float64(PARAMS.scale) + np.float64(PARAMS.bias)
+    np.testing.assert_allclose(x @ kernel + bias[None], want, rtol=1e-4, atol=1e-2)
+
+
 REFUSED = {
-    "zero_var": (
-        lambda: affine("var", jnp.array([1.0, 0, 1])),
-        r"var=0.0 at feature \[1\]",
-        "put 1",
+    "negative_var": (
+        lambda: affine("var", jnp.array([1.0, -1, 1])),
+        r"var=-1.0 at feature \[1\]",
+        "Re-estimate",
     ),
-    "negative_var": (lambda: affine("var", -STATE.var), "var=-", "Re-estimate"),
+    "negative_var_in_jit": (
+        lambda: jax.jit(lambda: affine("var", -STATE.var))(),
+        "var=-",
+        "Re-estimate",
+    ),
     "nan_mean": (lambda: affine("mean", STATE.mean * jnp.nan), "mean=nan", "finite"),
     "shape": (
         lambda: affine("var", jnp.ones(4)),
@@ -470,10 +483,10 @@ REFUSED = {
         "cannot fold bn",
         "every norm",
     ),
-    "tree_zero_var": (
-        lambda: fold_tree(with_bn(var=jnp.zeros(3))),
-        "cannot fold bn and conv: .*var=0.0",
-        "put 1",
+    "tree_negative_var": (
+        lambda: fold_tree(with_bn(var=-jnp.ones(3))),
+        "cannot fold bn and conv: .*var=-1.0",
+        "reestimate",
     ),
     "tree_nan": (
         lambda: fold_tree(with_bn(bias=jnp.full(3, jnp.nan))),

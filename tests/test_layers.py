@@ -83,7 +83,8 @@ STANDARD = {
 }
 # The packages that a room may import besides jax and the standard library.
 PACKAGES = {
-    room: {"numpy"} for room in ("_fold_check", "_normalizer", "_pool", "_replicas")
+    room: {"numpy"}
+    for room in ("_affine", "_fold_check", "_normalizer", "_pool", "_replicas")
 }
 PACKAGES["_population"] = {"tqdm"}
 LINEN = ("_linen_folded", "_linen_norm", "_linen_population", "_linen_stats")

@@ -47,7 +47,9 @@ class Nnx(nnx.Module):
         def ensemble(rngs):
             return jaxbn.nnx.BatchNorm(3, rngs=rngs)
 
-        self.layers = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.LayerNorm(3, rngs=rngs))
+        self.layers = nnx.Sequential(
+            nnx.Linear(2, 3, rngs=rngs), nnx.LayerNorm(3, rngs=rngs)
+        )
         self.inner = jaxbn.nnx.BatchNorm(3, use_bias=False, rngs=rngs)
         self.members = ensemble(rngs)
 

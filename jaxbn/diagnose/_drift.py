@@ -145,7 +145,8 @@ def check_gap(
         as_evidence(total=gap.total, alone=gap.alone[worst]),
         f"in evaluation the output moves by {gap.total:.2f} of its standard deviation, and "
         f"by {gap.alone[worst]:.2f} with the statistics of this layer alone.",
-        "Look at this layer first; reestimated statistics close the gap.",
+        "Look at this layer first. Where the batches are as varied as those of training, "
+        "reestimated statistics close the gap.",
     )
 
 
