@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tell(
                 f"WARNING other programs are running, load {machine.load()}: wait for them."
             )
-        found = measure(rows, args, installed(args.peers, tell))
+        elsewhere = ["torch"] if args.torch_python else []
+        found = measure(rows, args, installed(args.peers, tell, elsewhere))
     _deliver(args, "times", report.times(found))
     if args.plot:
         roofline.draw(found["rows"], args.plot)
@@ -75,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--passes", nargs="+", choices=cases.PASSES)
     add("--peers", nargs="+", choices=tuple(PEERS), default=list(PEERS))
     add("--nets", nargs="*", choices=tuple(cases.NETS), help="none, or which nets")
+    add(
+        "--torch-python",
+        metavar="PYTHON",
+        help="an interpreter that has torch, if this one does not",
+    )
     add("--rounds", type=_positive, help="how often each peer takes a turn")
     add("--json", type=Path, metavar="FILE", help="write all that was found, row by row")
     add("--read", type=Path, metavar="FILE", help="report a run of --json, not a new one")

@@ -35,8 +35,12 @@ class WorkerError(RuntimeError):
 class Crew:
     """A worker for each environment; asks one at a time."""
 
-    def __init__(self, environments: Iterable[str]):
-        self._workers = {name: _start(name) for name in environments}
+    def __init__(self, environments: Iterable[str], torch_python: str = sys.executable):
+        interpreters = {"torch": torch_python}
+        self._workers = {
+            name: _start(name, interpreters.get(name, sys.executable))
+            for name in environments
+        }
         self.about = {name: self.ask(name, "about") for name in self._workers}
 
     def __enter__(self) -> "Crew":
@@ -78,9 +82,9 @@ class Crew:
         return "floor" if self.about["jax"]["platform"] == "cpu" else "device floor"
 
 
-def _start(environment: str) -> Any:
+def _start(environment: str, python: str) -> Any:
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.benchmarks.worker", environment],
+        [python, "-m", "tests.benchmarks.worker", environment],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         # Two frameworks share a GPU, of which JAX would take most for itself.
@@ -89,12 +93,17 @@ def _start(environment: str) -> Any:
     )
 
 
-def installed(peers: Iterable[str], tell: Callable[[str], None]) -> list[str]:
-    """Returns the peers whose packages are here, and tells of those that are not."""
+def installed(
+    peers: Iterable[str], tell: Callable[[str], None], elsewhere: Iterable[str] = ()
+) -> list[str]:
+    """Returns the peers whose packages are here, and tells of those that are not.
+
+    Those in `elsewhere` are in another interpreter.
+    """
     found = []
     for peer in peers:
         _, package, pip = PEERS[peer]
-        if importlib.util.find_spec(package) is None:
+        if peer not in elsewhere and importlib.util.find_spec(package) is None:
             tell(f"SKIPPED {peer}: {package} is not installed (pip install {pip}).")
         else:
             found.append(peer)

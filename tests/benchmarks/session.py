@@ -61,7 +61,7 @@ def measure(rows: list[Case], args: argparse.Namespace, peers: list[str]) -> dic
             args.json.write_text(json.dumps(found, indent=1))
 
     environments = dict.fromkeys(["floor", *(PEERS[peer][0] for peer in peers)])
-    with Crew(environments) as crew:
+    with Crew(environments, args.torch_python or sys.executable) as crew:
         found["about"] = crew.about
         on_cpu = crew.floor == "floor"
         found["floor"] = crew.about["floor"]["how"] if on_cpu else "copies on the device"
