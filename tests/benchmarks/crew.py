@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,8 @@ PEERS = {
     "keras": ("jax", "keras", "keras"),
     "torch": ("torch", "torch", "torch"),
 }
+# Seconds in which the threads of the peer before fall asleep: OpenMP's wait in a loop.
+PAUSE = 0.01
 # Two programs that differ by more than that do not compute the same.
 TOLERANCE = 0.03
 
@@ -135,10 +138,11 @@ def run_case(
         temp[peer], checks[peer] = told["temp"], told["check"]
     _compare(case, checks, tell)
     times: dict[str, list[float]] = {peer: [] for peer in ready}
-    for number in range(rounds):
-        # Whoever comes first finds the machine in another state than who comes last.
-        turn = number % max(1, len(ready))
-        for peer in ready[turn:] + ready[:turn]:
+    order = np.random.default_rng(0)
+    for _ in range(rounds):
+        # Nobody always follows the same one, whose threads may still be awake.
+        for peer in order.permutation(ready).tolist():
+            time.sleep(PAUSE)
             times[peer].append(crew.ask(crew.environment(peer), "visit", peer=peer))
     crew.forget()
     times = {peer.removeprefix("device "): seconds for peer, seconds in times.items()}
