@@ -125,17 +125,17 @@ def affine_of(
 
 def _check_values(name: str, key: str, array: Array) -> None:
     # In NumPy, so that arrays whose values are known are checked inside jit too.
-    array = np.asarray(array)
-    if not np.isfinite(array).all():
-        where = np.argwhere(~np.isfinite(array))[0].tolist()
+    values = np.asarray(array)
+    if not np.isfinite(values).all():
+        where = np.argwhere(~np.isfinite(values))[0].tolist()
         raise ValueError(
-            f"{name} has {key}={array[tuple(where)]} at feature {where}. Fold a norm whose "
-            "arrays are finite; jaxbn.reestimate makes new statistics."
+            f"{name} has {key}={values[tuple(where)]} at feature {where}. Fold a norm "
+            "whose arrays are finite; jaxbn.reestimate makes new statistics."
         )
-    if key == "var" and not (array >= 0).all():
-        where = np.argwhere(array < 0)[0].tolist()
+    if key == "var" and not (values >= 0).all():
+        where = np.argwhere(values < 0)[0].tolist()
         raise ValueError(
-            f"{name} has var={array[tuple(where)]} at feature {where}, which must not be "
+            f"{name} has var={values[tuple(where)]} at feature {where}, which must not be "
             "negative. Re-estimate the statistics: jaxbn.reestimate."
         )
 

@@ -49,8 +49,8 @@ def affine_map(
 def _affine(x, mean, var, scale, bias, residual, captured, epsilon, dtype, activation):
     slope = _slope(_inverse(var, epsilon), scale, mean.dtype)
     # Or the loop over x would compute the vectors again for each element.
-    arrays = isolated(x.value, mean, slope, bias)
-    y = _before_activation(*arrays, residual)
+    value, mean, slope, bias = isolated(x.value, mean, slope, bias)
+    y = _before_activation(value, mean, slope, bias, residual)
     return (y if activation is None else activation(y, *captured)).astype(dtype)
 
 
@@ -136,7 +136,8 @@ def _together(dtype, x, mean, slope, tangents):
 def _apart(dtype, x, mean, slope, tangents):
     """Returns the same, added so that, transposed, each sum reads a value of its own."""
     apart = []
-    for depth, part in enumerate(_parts(*hidden(x, mean, slope), tangents)):
+    x, mean, slope = hidden(x, mean, slope)
+    for depth, part in enumerate(_parts(x, mean, slope, tangents)):
         part = part.astype(dtype)
         # Barriers of one value count as one, unless they are stacked to different heights.
         for _ in range(depth):

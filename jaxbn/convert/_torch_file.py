@@ -20,7 +20,7 @@ _BITS = {
 def read_torch(file: BinaryIO, limit: int) -> dict[str, np.ndarray]:
     """Returns the tensors of a file of at most `limit` bytes of them, or raises."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             "a file of torch.save needs PyTorch. Install it (pip install torch), or "
@@ -66,7 +66,7 @@ def _leaves(tree: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
 
 def from_tensor(name: str, tensor: Any) -> np.ndarray:
     """Returns a copy of the values of a tensor, in its dtype."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise ValueError(f"{name!r} is a sparse, quantized or empty tensor")
