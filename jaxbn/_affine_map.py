@@ -49,8 +49,8 @@ def affine_map(
 def _affine(x, mean, var, scale, bias, residual, captured, epsilon, dtype, activation):
     slope = _slope(_inverse(var, epsilon), scale, mean.dtype)
     # Or the loop over x would compute the vectors again for each element.
-    value, mean, slope, bias = isolated(x.value, mean, slope, bias)
-    y = _before_activation(value, mean, slope, bias, residual)
+    _, mean, slope, bias = isolated(x.value, mean, slope, bias)
+    y = _before_activation(x.value, mean, slope, bias, residual)
     return (y if activation is None else activation(y, *captured)).astype(dtype)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -55,10 +56,19 @@ def hidden(x: Array, *others: Any) -> tuple[Any, ...]:
 
 
 def isolated(x: Array, *others: Any) -> tuple[Any, ...]:
-    """Returns the arguments, `hidden` on CPU, for code that runs on every platform."""
+    """Returns the arguments, `hidden` on CPU, for code that runs on every platform.
+
+    Each for itself, since what passes a barrier together varies over the same devices.
+    """
     if not is_isolable(x):
         return x, *others
-    return on_cpu_or_not(lax.optimization_barrier, same, (x, *others))
+    return on_cpu_or_not(_twice_hidden, same, (x, *others))
+
+
+def _twice_hidden(arrays: Any) -> Any:
+    # Or it would count as the same as a value that `hidden` has hidden alone.
+    barrier = lax.optimization_barrier
+    return jax.tree.map(lambda array: barrier(barrier(array)), arrays)
 
 
 def on_cpu_or_not(
