@@ -1,5 +1,6 @@
 """What compiled programs keep, read and compute: facts of speed that no clock disturbs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -161,3 +162,37 @@ def test_under_a_sharded_jit_no_activation_moves(kind, shape, spec):
         program = jax.jit(train_and_gradient(apply)).lower(x, x).compile().as_text()
     for move in ("all-gather", "all-to-all", "collective-permute"):
         assert move not in program
+
+
+@pytest.mark.parametrize("activation", [None, jax.nn.relu, jnp.tanh])
+@pytest.mark.parametrize("feature_axes", [-1, 1])
+@pytest.mark.parametrize("axis_name", [None, "data"])
+def test_large_shards_pass_the_check_of_varying_axes(activation, feature_axes, axis_name):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((16, 32, 16, 32)), jnp.float32)
+    bn = jaxbn.BatchNorm(
+        activation=activation, feature_axes=feature_axes, axis_name=axis_name
+    )
+    params, state = bn.init(32)
+
+    def gradient(params, x):
+        def loss(params, x):
+            y, _ = bn.apply(params, state, x, True, residual=x)
+            return jnp.sin(y).sum()
+
+        return jax.grad(loss, (0, 1))(params, x)
+
+    over_devices = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P("data"))
+    )
+    plain = bn if axis_name is None else dataclasses.replace(bn, axis_name=None)
+
+    def total(params, x):
+        halves = [x] if axis_name else jnp.split(x, 2)
+        outputs = (plain.apply(params, state, h, True, residual=h)[0] for h in halves)
+        return sum(jnp.sin(y).sum() for y in outputs)
+
+    got = jax.jit(over_devices)(params, x)
+    want = jax.jit(jax.grad(total, (0, 1)))(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
