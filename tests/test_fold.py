@@ -431,7 +431,7 @@ REFUSED = {
         "Re-estimate",
     ),
     "negative_var_in_jit": (
-        lambda: jax.jit(lambda: affine("var", -STATE.var))(),
+        lambda var=-STATE.var: jax.jit(lambda: affine("var", var))(),
         "var=-",
         "Re-estimate",
     ),
@@ -535,7 +535,7 @@ def test_a_refusal_leaves_the_variables_as_they_were():
         **VARIABLES,
         "batch_stats": {
             **VARIABLES["batch_stats"],
-            "bn2": {"mean": jnp.zeros(6), "var": jnp.zeros(6)},
+            "bn2": {"mean": jnp.zeros(6), "var": -jnp.ones(6)},
         },
     }
     with pytest.raises(ValueError, match="cannot fold bn2 and conv2"):
