@@ -11,7 +11,6 @@ from jaxbn._apply import apply_layer
 from jaxbn._batch_norm import BatchNorm
 from jaxbn._gathered import Gathered
 from jaxbn._ghost import GhostBatchNorm
-from jaxbn._groups import Groups
 from jaxbn._moments import Moments, merge_moments, moments
 from jaxbn._normalizer import split_mode
 from jaxbn._placement import reshard_like
@@ -91,10 +90,7 @@ class Gather:
         ghost = self.inner if isinstance(self.inner, GhostBatchNorm) else None
         layer = _Pooling(ghost.inner if ghost is not None else self.inner)  # pyright: ignore
         if mode:
-            groups = None
-            if ghost is not None:
-                strided = ghost.layout == "strided"
-                groups = Groups(size=ghost.virtual_batch_size, strided=strided)
+            groups = None if ghost is None else ghost._groups()._replace(averaged=False)
             return apply_layer(
                 layer,
                 params,

@@ -104,9 +104,12 @@ class GhostBatchNorm:
             ValueError: In training, virtual_batch_size does not divide the rows of x; axis
                 0 of x is a feature axis.
         """
-        groups = Groups(
+        groups = self._groups()
+        return apply_layer(self.inner, params, state, x, training, groups=groups, **options)
+
+    def _groups(self) -> Groups:
+        return Groups(
             size=self.virtual_batch_size,
             strided=self.layout == "strided",
             averaged=self.tracking == "averaged",
         )
-        return apply_layer(self.inner, params, state, x, training, groups=groups, **options)

@@ -24,6 +24,7 @@ ILL_CONDITIONED = 16.0
 # A sample holds at least one of this many elements. Were its mean off by d, it alone would
 # add d^2 / SPARSENESS to the variance: as many bits are lost at most.
 SPARSENESS = 32
+# As many devices as a sample of rows is cut for; over more it may have to move.
 MANY = 256
 
 
@@ -128,7 +129,6 @@ def _sample(x: Array, axes: tuple[int, ...]) -> Array:
     free = unsplit_axes(x, axes)
     if len(axes) == 1 and free:
         (axis,) = axes
-        # What is left divides evenly over MANY devices.
         step = max(math.gcd(x.shape[axis], SPARSENESS * MANY) // MANY, 1)
         shape = *x.shape[:axis], x.shape[axis] // step, step, *x.shape[axis + 1 :]
         return lax.index_in_dim(x.reshape(shape), 0, axis + 1, keepdims=False)
