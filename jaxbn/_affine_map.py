@@ -1,16 +1,23 @@
 """The affine map that normalizes, what follows it at once, and its derivative."""
 
 import functools
-import operator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxbn._affine_tangent import (
+    before_activation,
+    tangent_after,
+    tangent_before,
+    tangent_of_relu,
+    tangent_through_relu,
+    tiling_of,
+)
 from jaxbn._dtypes import real_part, widest
-from jaxbn._isolation import Input, hidden, is_isolable, isolated, on_cpu_or_not
-from jaxbn._placement import broadcast_like, vary_over, varying_axes
+from jaxbn._isolation import Input, isolated
+from jaxbn._placement import vary_over, varying_axes
 from jaxbn._typing import Activation, Array, DTypeLike
 
 
@@ -50,14 +57,8 @@ def _affine(x, mean, var, scale, bias, residual, captured, epsilon, dtype, activ
     slope = _slope(_inverse(var, epsilon), scale, mean.dtype)
     # Or the loop over x would compute the vectors again for each element.
     _, mean, slope, bias = isolated(x.value, mean, slope, bias)
-    y = _before_activation(x.value, mean, slope, bias, residual)
+    y = before_activation(x.value, (mean, slope, bias), residual)
     return (y if activation is None else activation(y, *captured)).astype(dtype)
-
-
-def _before_activation(x, mean, slope, bias, residual):
-    y = (x.astype(mean.dtype) - mean) * slope
-    y = y if bias is None else y + bias
-    return y if residual is None else y + residual.astype(y.dtype)
 
 
 @functools.partial(_affine.defjvp, symbolic_zeros=True)
@@ -80,16 +81,19 @@ def _affine_jvp(epsilon, dtype, activation, primals, tangents):
         toffset = -slope * tmean
     toffset = _plus(toffset, tbias)
     tslope, toffset = _vary_together(x, tslope, toffset)
-    tpre = _tangent_before(dtype, x, mean, slope, (tx, tslope, toffset, tresidual))
+    vectors, tangents = (mean, slope, bias), (tx, tslope, toffset, tresidual)
+    tiles = tiling_of(x, vectors, tangents)
+    if tiles is not None and activation is jax.nn.relu and residual is None:
+        return y, tangent_through_relu(dtype, tiles, x, vectors, tangents)
+    tangent = tangent_before(dtype, x, vectors, tangents)
     if activation is None:
-        return y, tpre
+        return y, tangent
     if activation is jax.nn.relu and residual is not None:
         # Its sign tells as much, and the layers after this one keep y anyway.
-        return y, _tangent_of_relu(y, tpre)
+        return y, tangent_of_relu(y, tangent)
     tcaptured = jax.tree.map(_or_zero, tcaptured, captured, is_leaf=lambda t: t is None)
-    vectors = mean, slope, bias
-    return y, _tangent_after(
-        dtype, activation, x, vectors, residual, captured, tpre, tcaptured
+    return y, tangent_after(
+        dtype, activation, x, vectors, residual, captured, tangent, tcaptured
     )
 
 
@@ -115,62 +119,6 @@ def _vary_together(x, tslope, toffset):
         return tslope, toffset
     both = iter(vary_over(jnp.stack(jnp.broadcast_arrays(*given)), varying_axes(x)))
     return tuple(None if t is None else next(both) for t in (tslope, toffset))
-
-
-# Checkpointed, so that the backward pass keeps x in its own dtype and centers it again,
-# instead of keeping the centered copy.
-@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
-def _tangent_before(dtype, x, mean, slope, tangents):
-    """Returns the tangent of what enters the activation."""
-    if not jax.tree.leaves(tangents):
-        return jnp.zeros_like(x, dtype)
-    apart, together = (functools.partial(f, dtype) for f in (_apart, _together))
-    arrays = x, mean, slope, tangents
-    return on_cpu_or_not(apart, together, *arrays) if is_isolable(x) else together(*arrays)
-
-
-def _together(dtype, x, mean, slope, tangents):
-    return functools.reduce(operator.add, _parts(x, mean, slope, tangents)).astype(dtype)
-
-
-def _apart(dtype, x, mean, slope, tangents):
-    """Returns the same, added so that, transposed, each sum reads a value of its own."""
-    apart = []
-    x, mean, slope = hidden(x, mean, slope)
-    for depth, part in enumerate(_parts(x, mean, slope, tangents)):
-        part = part.astype(dtype)
-        # Barriers of one value count as one, unless they are stacked to different heights.
-        for _ in range(depth):
-            part = lax.optimization_barrier(part)
-        apart.append(part)
-    return functools.reduce(operator.add, apart)
-
-
-def _parts(x, mean, slope, tangents):
-    tx, tslope, toffset, tresidual = tangents
-    if tslope is not None:
-        yield (x.astype(mean.dtype) - mean) * tslope
-    if tx is not None:
-        yield tx.astype(mean.dtype) * slope
-    if tresidual is not None:
-        yield tresidual.astype(mean.dtype)
-    if toffset is not None:
-        yield broadcast_like(toffset, x)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _tangent_of_relu(y, tpre):
-    return jnp.where(y > 0, isolated(tpre)[0], jnp.zeros_like(tpre))
-
-
-@functools.partial(jax.checkpoint, static_argnums=(0, 1), prevent_cse=False)
-def _tangent_after(dtype, activation, x, vectors, residual, captured, tpre, tcaptured):
-    # Computed again from these, what enters the activation is nothing to keep.
-    x, mean, slope, bias = isolated(x, *vectors)
-    before = _before_activation(x, mean, slope, bias, residual)
-    tpre = isolated(tpre)[0].astype(before.dtype)
-    along = (before, *captured), (tpre, *tcaptured)
-    return jax.jvp(activation, *along)[1].astype(dtype)
 
 
 def _inverse(var: Array, epsilon: float) -> Array:

@@ -62,11 +62,12 @@ def isolated(x: Array, *others: Any) -> tuple[Any, ...]:
     """
     if not is_isolable(x):
         return x, *others
-    return on_cpu_or_not(_twice_hidden, same, (x, *others))
+    return on_cpu_or_not(each_hidden, same, (x, *others))
 
 
-def _twice_hidden(arrays: Any) -> Any:
-    # Or it would count as the same as a value that `hidden` has hidden alone.
+def each_hidden(arrays: Any) -> Any:
+    """Returns a tree of arrays, each hidden for itself, for code that runs on CPU."""
+    # Twice, or it would count as the same as a value that `hidden` has hidden alone.
     barrier = lax.optimization_barrier
     return jax.tree.map(lambda array: barrier(barrier(array)), arrays)
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxbn import _tiles
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -26,6 +28,17 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Takes sums over tiles so small that some rows of small arrays are left over."""
+    jax.clear_caches()
+    monkeypatch.setattr(_tiles, "pays", lambda *arguments: True)
+    monkeypatch.setattr(_tiles, "PER_CORE", 1200)
+    monkeypatch.setattr(_tiles, "_cores", lambda: 1)
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -22,6 +22,14 @@ ACTIVATIONS = {
 CASES = list(itertools.product(ACTIVATIONS, (False, True), (-1, 1)))
 
 
+@pytest.fixture(params=["sums over axes", "tiles"])
+def formulation(request):
+    """Takes the sums on CPU in one way or the other, whatever the size of x."""
+    if request.param == "tiles":
+        request.getfixturevalue("small_tiles")
+    return request.param
+
+
 class Problem:
     """A scalar function of x, scale, bias and residual, in jaxbn and in float64 NumPy."""
 
@@ -72,7 +80,9 @@ def dot(a, b):
 
 
 @pytest.mark.parametrize(("activation", "residual", "feature_axes"), CASES)
-def test_first_and_second_derivatives_of_every_mode(activation, residual, feature_axes):
+def test_first_and_second_derivatives_of_every_mode(
+    activation, residual, feature_axes, formulation
+):
     problem = Problem(activation, residual, feature_axes)
     values, along = problem.arrays()
     gradient = jax.grad(problem.loss)
@@ -85,6 +95,8 @@ def test_first_and_second_derivatives_of_every_mode(activation, residual, featur
         seconds = dot(forward_over_reverse, along), dot(reverse_over_reverse, along)
         return (first, dot(reverse, along)), seconds
 
+    loops = "scan[" in str(jax.make_jaxpr(gradient)(values))
+    assert loops == (formulation == "tiles")
     firsts, seconds = derivatives(values, along)
     h = 1e-4
     before, at, after = (problem.truth(step) for step in (-h, 0, h))
@@ -113,7 +125,7 @@ def test_what_an_activation_captured_is_differentiated(residual):
     np.testing.assert_allclose(jax.grad(loss)(0.1), y[y < 0].sum(), rtol=1e-4)
 
 
-def test_a_gradient_in_bfloat16_is_rounded_once():
+def test_a_gradient_in_bfloat16_is_rounded_once(formulation):
     bn = jaxbn.BatchNorm()
     params, state = bn.init(8)
     rng = np.random.default_rng(2)

@@ -8,8 +8,10 @@ import jaxbn
 LAYERS = (
     {"_typing"},
     {"_axes", "_axis_groups", "_dtypes", "_double", "_state", "_placement"},
-    {"_isolation", "_weights"},
-    {"_affine_map", "_variance"},
+    {"_isolation", "_transpose", "_weights"},
+    {"_tiles"},
+    {"_affine_tangent", "_variance"},
+    {"_affine_map"},
     {"_moments", "_normalize"},
     {"_groups", "_renorm_limits", "_running", "_sync"},
     {"_view"},
@@ -76,8 +78,10 @@ STANDARD = {
     "types",
     "dataclasses",
     "functools",
+    "itertools",
     "math",
     "operator",
+    "os",
     "typing",
     "warnings",
 }

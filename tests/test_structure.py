@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import _variance
+from jaxbn import _tiles, _variance
 
 SHAPE = 32, 16, 16, 64
 FUSES_SUMS = jax.__version_info__ >= (0, 10)
@@ -110,16 +110,20 @@ def test_a_small_batch_takes_no_detour():
         assert detour not in program
 
 
-@pytest.mark.parametrize("formulation", [_variance._guarded, _variance._sampled])
+def in_tiles(axes, x, weights, count):
+    return _variance._sampled(axes, x, weights, count, _tiles.tiling(x, axes, 1))
+
+
+@pytest.mark.parametrize("formulation", [_variance._guarded, _variance._sampled, in_tiles])
 @pytest.mark.parametrize("mean", [0.0, 3.0, 1e2, 1e4, "far apart"])
 @pytest.mark.parametrize("shape", [(64, 64, 4), (8192, 4), (8191, 4)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_each_formulation_keeps_the_digits(formulation, mean, shape, weighted):
+def test_each_formulation_keeps_the_digits(formulation, mean, shape, weighted, small_tiles):
     rng = np.random.default_rng(1)
     x = rng.standard_normal(shape).astype(np.float32)
     if mean == "far apart":
         # What a sample would see is one value, and everything else lies far from it.
-        x += 1e4 * (np.arange(x.shape[-2]) % 64 > 0).astype(np.float32)[:, None]
+        x += 1e4 * (np.arange(x.shape[-2]) % 64 > 1).astype(np.float32)[:, None]
     else:
         x += np.float32(mean)
     axes = tuple(range(len(shape) - 1))
