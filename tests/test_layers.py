@@ -90,6 +90,7 @@ PACKAGES = {
     room: {"numpy"}
     for room in ("_affine", "_fold_check", "_normalizer", "_pool", "_replicas")
 }
+PACKAGES["__init__"] = {"lazy_loader"}
 PACKAGES["_population"] = {"tqdm"}
 LINEN = ("_linen_folded", "_linen_norm", "_linen_population", "_linen_stats")
 LINEN += ("_linen_train", "linen")

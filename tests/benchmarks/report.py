@@ -133,9 +133,9 @@ def _startup(found):
         parts.append(_table(["what", "peer", "trace", "compile", "sum / linen"], table))
     if found["import"]:
         parts.append("### Import, in a fresh process")
-        base = found["import"]["jax"]
+        base = found["import"]["import jax"]
         table = [
-            [f"`import {name}`", f"{median:.3f}", f"{median / base:.2f}"]
+            [f"`{name}`", f"{median:.3f}", f"{median / base:.2f}"]
             for name, median in found["import"].items()
         ]
         parts.append(_table(["", "seconds", "/ `import jax`"], table))

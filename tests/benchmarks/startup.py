@@ -8,17 +8,17 @@ from typing import Any
 
 from tests.benchmarks.cases import Case
 
-_IMPORT = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+_IMPORT = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
 
 
-def import_seconds(modules: list[str], repeats: int) -> dict[str, list[float]]:
-    """Imports each module in fresh processes, in turns."""
-    seconds: dict[str, list[float]] = {module: [] for module in modules}
+def import_seconds(statements: list[str], repeats: int) -> dict[str, list[float]]:
+    """Times each statement in fresh processes, in turns."""
+    seconds: dict[str, list[float]] = {statement: [] for statement in statements}
     for _ in range(repeats):
-        for module in modules:
-            command = [sys.executable, "-c", _IMPORT.format(module)]
+        for statement in statements:
+            command = [sys.executable, "-c", _IMPORT.format(statement)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            seconds[module].append(float(done.stdout))
+            seconds[statement].append(float(done.stdout))
     return seconds
 
 
