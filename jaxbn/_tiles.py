@@ -29,7 +29,7 @@ LONG = 128
 LARGE = {
     ("float16", 1): SMALL,
     ("float16", 2): SMALL,
-    ("float32", 1): 1 << 26,
+    ("float32", 1): 40 << 20,
     ("float32", 2): 1 << 22,
     ("bfloat16", 2): 1 << 22,
 }
