@@ -78,7 +78,7 @@ def tiling_of(x, vectors, tangents):
     if len({vector.shape for vector in given}) > 1:
         return None
     axes = tuple(axis for axis, size in enumerate(tslope.shape) if size == 1)
-    return tiling(x, axes, 2) if axes else None
+    return tiling(x, axes, 2)
 
 
 def _tiled(dtype, tiles, has_relu, x, vectors, tangents):

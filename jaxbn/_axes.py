@@ -68,7 +68,7 @@ def feature_sizes(num_features: int | Shape, feature_axes: Axes) -> Shape:
             "It is the size of the feature axis: x.shape[-1] for channels last."
         ) from None
     axes = (feature_axes,) if isinstance(feature_axes, int) else feature_axes
-    if len(features) != len(axes) or min(features) < 0:
+    if len(features) != len(axes) or min(features, default=0) < 0:
         raise ValueError(
             f"num_features must hold {len(axes)} non-negative sizes, got {num_features}. "
             f"Give one for each of feature_axes={feature_axes}."

@@ -30,8 +30,8 @@ LARGE = {
     ("float16", 1): SMALL,
     ("float16", 2): SMALL,
     ("float32", 1): 40 << 20,
-    ("float32", 2): 1 << 22,
-    ("bfloat16", 2): 1 << 22,
+    ("float32", 2): 6 << 20,
+    ("bfloat16", 2): 6 << 20,
 }
 if jax.__version_info__ < (0, 11):
     # Its XLA widens all of a bfloat16 array before it takes a tile of it.
@@ -58,7 +58,8 @@ class Tiling(NamedTuple):
 
 def tiling(x: Array, axes: tuple[int, ...], arrays: int) -> Tiling | None:
     """Returns how to cut `arrays` arrays such as `x`, or None if other sums are faster."""
-    return _cut(x.shape, axes, AT_ONCE // arrays) if pays(x, axes, arrays) else None
+    worth = axes and pays(x, axes, arrays)
+    return _cut(x.shape, axes, AT_ONCE // arrays) if worth else None
 
 
 def pays(x: Array, axes: tuple[int, ...], arrays: int) -> bool:
@@ -117,6 +118,7 @@ def sums(
 
 
 def _cut(shape: Shape, axes: tuple[int, ...], at_once: int) -> Tiling | None:
+    """Returns tiles of about the wanted size, or None if they cannot be had."""
     shape, axes, repeats = _with_long_rows(*_merged(shape, axes))
     wanted = PER_CORE * _cores()
     first, *others = axes

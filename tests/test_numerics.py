@@ -189,3 +189,14 @@ def test_weights_can_be_learned():
     ]
     positive = weights > 0
     np.testing.assert_allclose(got[positive], want[positive], rtol=1e-3, atol=1e-4)
+
+
+def test_without_feature_axes_everything_is_one_feature():
+    bn = jaxbn.BatchNorm(feature_axes=())
+    params, state = bn.init(())
+    x = np.random.default_rng(4).standard_normal((7, 5)).astype(np.float32)
+    y, state = bn.apply(params, state, jnp.asarray(x), True)
+    wide = x.astype(np.float64)
+    want = (wide - wide.mean()) / np.sqrt(wide.var() + bn.epsilon)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.mean, 0.01 * wide.mean(), rtol=1e-5)
