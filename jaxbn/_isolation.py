@@ -60,7 +60,7 @@ def isolated(x: Array, *others: Any) -> tuple[Any, ...]:
 
     Each for itself, since what passes a barrier together varies over the same devices.
     """
-    if not is_isolable(x):
+    if is_small(x):
         return x, *others
     return on_cpu_or_not(each_hidden, same, (x, *others))
 
@@ -85,7 +85,7 @@ def is_small(x: Array) -> bool:
 
 
 def is_isolable(x: Array) -> bool:
-    """Tells whether `isolated` is of use: sums of float16 are not fused in any case."""
+    """Tells whether `hidden` is of use: sums of float16 are not fused in any case."""
     return not is_small(x) and x.dtype != jnp.float16
 
 
