@@ -85,7 +85,7 @@ def _affine_jvp(epsilon, dtype, activation, primals, tangents):
     tiles = tiling_of(x, vectors, tangents)
     if tiles is not None and activation is jax.nn.relu and residual is None:
         return y, tangent_through_relu(dtype, tiles, x, vectors, tangents)
-    tangent = tangent_before(dtype, x, vectors, tangents)
+    tangent = tangent_before(dtype, tiles, x, vectors, tangents)
     if activation is None:
         return y, tangent
     if activation is jax.nn.relu and residual is not None:

@@ -25,13 +25,12 @@ def before_activation(x, vectors, residual=None):
     return y if residual is None else y + residual.astype(y.dtype)
 
 
-@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
-def tangent_before(dtype, x, vectors, tangents):
+@functools.partial(jax.checkpoint, static_argnums=(0, 1), prevent_cse=False)
+def tangent_before(dtype, tiles, x, vectors, tangents):
     """Returns the tangent of what enters the activation."""
     if not jax.tree.leaves(tangents):
         return jnp.zeros_like(x, dtype)
     together = functools.partial(_together, dtype)
-    tiles = tiling_of(x, vectors, tangents)
     if tiles is not None:
         tiled = functools.partial(_tiled, dtype, tiles, False)
         return on_cpu_or_not(tiled, together, x, vectors, tangents)

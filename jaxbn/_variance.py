@@ -175,11 +175,11 @@ def _mean_and_var_jvp(axes, primals, tangents):
 def _tangent_of_x(axes, x, weights, count, mean, tx):
     centered = upcast(x) - expand(mean, axes)
     tx = tx if weights is None else tx * weights
-    sums = jnp.sum(tx, axes), jnp.sum(centered * tx, axes)
+    totals = jnp.sum(tx, axes), jnp.sum(centered * tx, axes)
     if is_isolable(x):
         # Transposed, or the loop over x would divide the vectors for each element.
-        sums = on_cpu_or_not(lax.optimization_barrier, same, sums)
-    return sums[0] / divisor(count), 2 * sums[1] / divisor(count)
+        totals = on_cpu_or_not(lax.optimization_barrier, same, totals)
+    return totals[0] / divisor(count), 2 * totals[1] / divisor(count)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
