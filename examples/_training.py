@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _arguments
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,13 +137,11 @@ def parse_arguments(argv: Sequence[str] | None, what: str, folder: str):
     add("--checkpoints", type=Path, default=Path(folder), help="folder of checkpoints")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
     args = parser.parse_args(argv)
-    for option, valid, demand in (
+    demands = (
         ("epochs", args.epochs >= 1, "at least 1"),
         ("batch-size", 2 <= args.batch_size <= NUM_TRAIN, f"between 2 and {NUM_TRAIN}"),
         ("learning-rate", 0 < args.learning_rate < math.inf, "positive and finite"),
         ("seed", 0 <= args.seed < 2**32, "between 0 and 2**32 - 1"),
-    ):
-        if not valid:
-            value = getattr(args, option.replace("-", "_"))
-            parser.error(f"argument --{option}: must be {demand}, got {value}")
+    )
+    _arguments.check(parser, args, demands)
     return args

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _arguments
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -257,17 +258,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     picture = args.out.suffix.lower() == ".png" and args.out.parent.is_dir()
     sizes = f"between 2 and {NUM_TRAIN}, the number of training images"
-    for option, valid, demand in (
+    demands = (
         ("epochs", args.epochs >= 1, "at least 1"),
         ("batch-size", 2 <= args.batch_size <= NUM_TRAIN, sizes),
         ("learning-rate", 0 < args.learning_rate < math.inf, "positive and finite"),
         ("momentum", 0 <= args.momentum <= 1, "between 0 and 1"),
         ("seed", 0 <= args.seed < 2**32, "between 0 and 2**32 - 1"),
         ("out", picture, "a .png file in a folder that exists"),
-    ):
-        if not valid:
-            value = getattr(args, option.replace("-", "_"))
-            parser.error(f"argument --{option}: must be {demand}, got {value}")
+    )
+    _arguments.check(parser, args, demands)
     return args
 
 

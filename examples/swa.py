@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import _arguments
 import jax
 import mnist
 import numpy as np
@@ -117,14 +118,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=20.0, help="of SGD, in all steps")
     add("--seeds", type=int, default=3, help="how many trainings, with seeds from 0 on")
     args = parser.parse_args(argv)
-    for option, valid, demand in (
+    demands = (
         ("epochs", args.epochs >= 1, "at least 1"),
         ("learning-rate", 0 < args.learning_rate < math.inf, "positive and finite"),
         ("seeds", args.seeds >= 1, "at least 1"),
-    ):
-        if not valid:
-            value = getattr(args, option.replace("-", "_"))
-            parser.error(f"argument --{option}: must be {demand}, got {value}")
+    )
+    _arguments.check(parser, args, demands)
     return args
 
 
