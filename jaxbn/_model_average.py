@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbn._ema import Ema, EmaState
+from jaxbn._averages import Ema, EmaState
 from jaxbn._typing import Array, PyTree
 
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._moments import Moments
-from jaxbn._renorm import RenormStats
+from jaxbn._statistics.moments import Moments
+from jaxbn._layers.batch_renorm import RenormStats
 from jaxbn._state import BatchStats
-from jaxbn._sync import sync_moments
+from jaxbn._statistics.sync import sync_moments
 from jaxbn._typing import Array, AxisGroups, AxisName, PyTree, is_traced
 
 

@@ -9,7 +9,7 @@ import optax
 from jaxbn._dtypes import upcast, widest
 from jaxbn._model_average import AverageState as AverageState
 from jaxbn._model_average import ModelAverage as ModelAverage
-from jaxbn._roles import map_roles
+from jaxbn._param_roles import map_roles
 from jaxbn._typing import Array, PyTree
 
 

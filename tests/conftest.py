@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxbn import _tiles
+from jaxbn._kernels import tiles as _tiles
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import _tiles, _variance
+from jaxbn._kernels import reduction as _variance
+from jaxbn._kernels import tiles as _tiles
 
 SHAPE = 32, 16, 16, 64
 FUSES_SUMS = jax.__version_info__ >= (0, 10)

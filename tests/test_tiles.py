@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn import _tiles
+from jaxbn._kernels import tiles as _tiles
 
 SHAPE = 40, 6, 10, 8
 

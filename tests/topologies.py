@@ -32,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn._double import two_product, two_sum
+from jaxbn._kernels.compensated import two_product, two_sum
 
 LAYERS, CHANNELS, GROUP = 4, 256, 4
 IMAGE = (32, 56, 56, CHANNELS)  # the shard of a device, in bfloat16

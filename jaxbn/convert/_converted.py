@@ -6,11 +6,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from jaxbn._normalizer import Normalizer
-from jaxbn._renorm import RenormStats
+from jaxbn._layers.normalizer import Normalizer
+from jaxbn._layers.batch_renorm import RenormStats
 from jaxbn._state import BatchNormParams, BatchStats
-from jaxbn.convert._dialect import Dialect, Part, flatten
-from jaxbn.convert._values import Values
+from jaxbn.convert._array_names import Dialect, Part, flatten
+from jaxbn.convert._arrays import Values
 
 Read: TypeAlias = Callable[[Part], Values]
 # From a layer and the arrays that it came from, which may be none, to arrays.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._batch_norm import BatchNorm
+from jaxbn._layers.batch_norm import BatchNorm
 
 
 def share(decay: float, steps: int) -> Any:

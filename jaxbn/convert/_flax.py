@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._batch_norm import BatchNorm
+from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._state import BatchStats
 from jaxbn._typing import Axes, DTypeLike
 from jaxbn.convert._converted import Converted, nested, read_one, write_one
-from jaxbn.convert._dialect import Dialect, Part
-from jaxbn.convert._found import Found, find
-from jaxbn.convert._values import (
+from jaxbn.convert._array_names import Dialect, Part
+from jaxbn.convert._whole_model import Found, find
+from jaxbn.convert._arrays import (
     Values,
     checked,
     per_feature,

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from jaxbn.convert._converted import Converted, read_one, write_one
-from jaxbn.convert._dialect import Dialect
-from jaxbn.convert._found import Found, find
-from jaxbn.convert._tensorflow import NAMES, read_variables, write_variables
+from jaxbn.convert._array_names import Dialect
+from jaxbn.convert._whole_model import Found, find
+from jaxbn.convert._tf_variables import NAMES, read_variables, write_variables
 
 _SHADOW = "/ExponentialMovingAverage"
 _SPELLINGS: dict[str, tuple[str, ...]] = {

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxbn.diagnose._diagnose import diagnose
-from jaxbn.diagnose._files import read_checkpoint
+from jaxbn.convert._orbax import read_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

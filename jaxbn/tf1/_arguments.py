@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxbn._renorm_limits import RenormLimits, check_limits
+from jaxbn._layers.renorm_limits import RenormLimits, check_limits
 from jaxbn._typing import Array, is_traced
 
 _LIMITS = {"rmin": "r_min", "rmax": "r_max", "dmax": "d_max"}

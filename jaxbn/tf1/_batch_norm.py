@@ -7,7 +7,7 @@ from typing import Any
 from jaxbn._typing import Array, Initializer, Shape
 from jaxbn.tf1._arguments import check_decay, to_limits
 from jaxbn.tf1._axes import feature_axis
-from jaxbn.tf1._form import Settings
+from jaxbn.tf1._implementation import Settings
 from jaxbn.tf1._layer import Layer, Regularizer
 
 UPDATE_OPS = "update_ops"

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxbn._typing import Array, Initializer, Shape
 from jaxbn.tf1._arguments import check_decay, to_axes, to_limits
-from jaxbn.tf1._form import Settings
+from jaxbn.tf1._implementation import Settings
 from jaxbn.tf1._layer import Constraint, Layer, Regularizer
 
 

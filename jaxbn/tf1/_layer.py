@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._dtypes import as_dtype, as_float
-from jaxbn._normalizer import split_mode
-from jaxbn._renorm import RenormStats
-from jaxbn._renorm_limits import RenormLimits
+from jaxbn._layers.normalizer import split_mode
+from jaxbn._layers.batch_renorm import RenormStats
+from jaxbn._layers.renorm_limits import RenormLimits
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, DTypeLike, Initializer, Key, Shape
 from jaxbn.tf1._axes import of_rank
-from jaxbn.tf1._form import Form, Settings
+from jaxbn.tf1._implementation import Form, Settings
 from jaxbn.tf1._moving_averages import without_bias
 from jaxbn.tf1._variables import (
     BIASED,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._dtypes import at_least_float32
-from jaxbn._ema import Ema, EmaState
+from jaxbn._averages import Ema, EmaState
 from jaxbn._typing import Array, PyTree
 from jaxbn.tf1._arguments import check_decay
 

@@ -1,0 +1,1 @@
+"""Statistics of many batches: gathered, pooled, re-estimated."""

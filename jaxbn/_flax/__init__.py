@@ -1,0 +1,1 @@
+"""What the layers for both APIs of Flax share."""

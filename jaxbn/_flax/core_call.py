@@ -1,0 +1,163 @@
+"""What the layers for Flax's two APIs share: a call of the core in Flax's terms."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+
+from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._dtypes import at_least_float32, widest
+from jaxbn._accumulation.gather import Gather
+from jaxbn._accumulation.state import Gathered
+from jaxbn._layers.normalizer import Normalizer
+from jaxbn._state import BatchNormParams, BatchStats
+from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape
+
+
+def as_input(x: Array, dtype: DTypeLike | None) -> Array:
+    """Returns `x` as the core takes it; Flax takes integers and NumPy arrays too."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(jnp.float32)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+        x = x.astype(widest(x.dtype, jnp.dtype(dtype)))
+    return x
+
+
+def as_training(use_running_average: bool | Array) -> bool | Array:
+    """Returns the opposite, of a traced flag too."""
+    if isinstance(use_running_average, jax.Array):
+        return jnp.logical_not(use_running_average)
+    return not use_running_average
+
+
+def feature_axes(axis: Axes, ndim: int) -> tuple[int, ...]:
+    """Returns Flax's `axis` as non-negative feature axes, each once, ascending."""
+    axes = axis if isinstance(axis, Iterable) else (axis,)
+    return tuple(sorted({int(a) + ndim if a < 0 else int(a) for a in axes}))
+
+
+def feature_sizes(axis: Axes, shape: Shape) -> Shape:
+    """Returns the shape of the variables of a layer for inputs of `shape`."""
+    axes = feature_axes(axis, len(shape))
+    if not all(0 <= a < len(shape) for a in axes):
+        raise ValueError(
+            f"axis={axis} is out of range for x of shape {shape}, which has rank "
+            f"{len(shape)}. Name the feature axes of x: axis=-1 for channels last."
+        )
+    return tuple(shape[a] for a in axes)
+
+
+def zero_stats(shape: Shape, dtype: DTypeLike) -> BatchStats:
+    """Returns the statistics before training in `dtype`, of which the variance is real."""
+    return BatchStats(jnp.zeros(shape, dtype), jnp.ones(shape, jnp.finfo(dtype).dtype))
+
+
+def stats_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
+    """Returns the dtype in which statistics of arrays of `dtypes` lose nothing."""
+    return at_least_float32(widest(*(jnp.dtype(d) for d in dtypes if d is not None)))
+
+
+def call_batch_norm(
+    layer: Any,
+    params: BatchNormParams,
+    state: BatchStats | Gathered,
+    x: Array,
+    training: bool | Array,
+    *,
+    mask: Array | None,
+    weights: Array | None,
+    synchronize: bool = True,
+    together: tuple[Array, ...] = (),
+) -> tuple[Array, BatchStats | Gathered]:
+    """Calls the core for a layer that has the fields of Flax's BatchNorm.
+
+    `synchronize` is False while the variables are made: then there is no named axis yet.
+    The result has the dtype of x, the params and the arrays `together`.
+    """
+    if layer.momentum is None:
+        raise TypeError(
+            "momentum must be a number, got None. For the mean of all batches so far, "
+            "which needs one more leaf, write Norm(jaxbn.BatchNorm(momentum=None), ...)."
+        )
+    axes = feature_axes(layer.axis, x.ndim)
+    weights = _merge_mask(mask, weights, x.ndim)
+    # Flax lets every axis be a feature axis: a batch of one, told here as such.
+    lone = len(axes) == x.ndim
+    if lone:
+        x, axes = x[None], tuple(axis + 1 for axis in axes)
+        weights = None if weights is None else weights[None]
+    axis_name = layer.axis_name if synchronize else None
+    bn = BatchNorm(
+        feature_axes=axes,
+        # The core divides by no 0; Flax's epsilon=0 means as little as possible.
+        epsilon=layer.epsilon or float(jnp.finfo(jnp.float32).tiny),
+        use_scale=params.scale is not None,
+        use_bias=params.bias is not None,
+        axis_name=axis_name,
+        axis_index_groups=None if axis_name is None else layer.axis_index_groups,
+        dtype=result_dtype(layer.dtype, x, *params, *together),
+    )
+    plain = isinstance(state, BatchStats)
+    if plain and jnp.iscomplexobj(x) and not jnp.iscomplexobj(state.mean):
+        state = state._replace(mean=state.mean.astype(stats_dtype(x.dtype)))
+    y, state = Gather(bn).apply(
+        params, state, x, training, weights=weights, momentum=layer.momentum
+    )
+    return y[0] if lone else y, state
+
+
+def result_dtype(dtype: DTypeLike | None, *arrays: Array | None) -> jnp.dtype:
+    """Returns `dtype`, or the one that holds all of `arrays`, as Flax resolves it."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.dtype(canonicalize_dtype(*arrays, dtype=dtype))
+
+
+def _merge_mask(mask: Array | None, weights: Array | None, ndim: int) -> Array | None:
+    """Returns what the core calls weights; Flax's mask broadcasts to x as NumPy does."""
+    if mask is None:
+        return weights
+    if weights is not None:
+        raise ValueError(
+            "both mask and weights were given, but they say the same thing. Pass one: "
+            "weights=weights * mask."
+        )
+    mask = jnp.asarray(mask, bool)
+    return jnp.expand_dims(mask, tuple(range(ndim - mask.ndim)))
+
+
+def feature_axes_of(normalizer: Normalizer) -> Axes:
+    """Returns the feature axes that a normalizer, or what it wraps, has; or else -1."""
+    inner: Any = normalizer
+    while inner is not None:
+        if hasattr(inner, "feature_axes"):
+            return inner.feature_axes
+        inner = getattr(inner, "inner", getattr(inner, "bn", None))
+    return -1
+
+
+def num_features_of(normalizer: Normalizer, shape: Shape) -> int | Shape:
+    """Returns what `normalizer.init` is to be called with for inputs of `shape`."""
+    sizes = feature_sizes(feature_axes_of(normalizer), shape)
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+def leaf_names(params: PyTree, state: PyTree) -> tuple[list[str], list[str]]:
+    """Returns names for the leaves of both trees: their fields, such as scale and mean."""
+    names = _names(params, "params"), _names(state, "state")
+    every = [*names[0], *names[1]]
+    if len(set(every)) != len(every):
+        raise ValueError(
+            "the params and the state of the normalizer have leaves of the same name: "
+            f"{every}. Name the fields of both so that all differ."
+        )
+    return names
+
+
+def _names(tree: PyTree, alone: str) -> list[str]:
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="_") or alone
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]

@@ -1,0 +1,53 @@
+"""How a Flax layer keeps a state that gathers: under further names, beside its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxbn._accumulation.state import Gathered
+from jaxbn._statistics.moments import Moments
+from jaxbn._layers.batch_renorm import RenormStats
+from jaxbn._state import BatchStats
+from jaxbn._typing import PyTree
+
+_POOLED = [f"gathered_{field}" for field in Moments._fields]
+
+
+def more_names(names: Sequence[str]) -> list[str]:
+    """Returns the further names of a layer whose statistics are called `names`."""
+    return [*(f"start_{name}" for name in names), *_POOLED]
+
+
+def is_gathering(has: Callable[[str], bool]) -> bool:
+    """Tells whether a layer gathers, given what tells whether it has a name."""
+    return has(_POOLED[-1])
+
+
+def gathered_like(state: PyTree, more: Sequence[Any]) -> PyTree:
+    """Returns `state` as a `Gathered` with the leaves `more`, or as it is without any."""
+    if not more:
+        return state
+    like: Any = Gathered(state, state, Moments(0, 0, 0))  # pyright: ignore[reportArgumentType]
+    return jax.tree.unflatten(jax.tree.structure(like), [*jax.tree.leaves(state), *more])
+
+
+def as_state(node: Mapping[str, Any]) -> Any | None:
+    """Returns the state of the layer with the leaves of `node`; None if it is no norm's."""
+    for kind in (RenormStats, BatchStats):
+        names = [name for name in kind._fields if name in node]
+        if set(names) >= set(kind._fields) - {"weight"}:
+            state = kind(**{name: node[name] for name in names})
+            if not is_gathering(node.__contains__):
+                return state
+            return gathered_like(state, [node[name] for name in more_names(names)])
+    return None
+
+
+def as_node(state: Any) -> dict[str, Any]:
+    """Returns the leaves of a state by their names, undoing `as_state`."""
+    gathers = isinstance(state, Gathered)
+    fields = (state.stats if gathers else state)._asdict()
+    names = [name for name, leaf in fields.items() if leaf is not None]
+    every = [*names, *(more_names(names) if gathers else ())]
+    return dict(zip(every, jax.tree.leaves(state), strict=True))

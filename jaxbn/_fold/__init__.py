@@ -1,0 +1,1 @@
+"""Norms folded into the linear layers beside them."""

@@ -1,0 +1,194 @@
+"""Folding: a trained norm becomes part of the kernel and bias of the layer beside it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._fold.affine import Affine
+from jaxbn._dtypes import widest
+from jaxbn._fold.kernel_layout import KernelLayout
+from jaxbn._typing import Array, Pair, is_traced
+
+# Padding with values of x itself, or with none: what is padded has passed the norm too.
+_HARMLESS = ("VALID", "CIRCULAR", "REFLECT")
+
+
+def fold(
+    kernel: Array,
+    bias: Array | None,
+    affine: Affine,
+    *,
+    in_axis: int = -2,
+    out_axis: int = -1,
+    groups: int = 1,
+    groups_on: str = "out",
+) -> Pair:
+    r"""Returns the kernel and bias of a linear layer with the norm after it folded in.
+
+    .. math::
+        a (W x + b) + c = (a W) x + (a b + c)
+
+    Exact for dense layers and all convolutions: grouped, depthwise, transposed, with any
+    padding. The defaults fit the kernels of all of Flax's layers, but
+    `ConvTranspose(transpose_kernel=True)`, where in_axis=-1, out_axis=-2. For PyTorch's
+    Linear and Conv, in_axis=1, out_axis=0; for its ConvTranspose, in_axis=0, out_axis=1,
+    and groups_on="in". For the depthwise kernels of Keras and TensorFlow, groups is the
+    size of in_axis, and groups_on="in".
+
+    Args:
+        kernel: Of rank 2 or more; the axes besides in_axis and out_axis are spatial.
+        bias: Of the shape (features,), or None for a layer without.
+        affine: What the norm is in inference, from `as_affine`.
+        in_axis: The axis of the kernel along which the features of the input lie.
+        out_axis: That of the features of the output.
+        groups: The number of groups of features, of a grouped convolution.
+        groups_on: "out" where out_axis counts the features of all groups, and in_axis
+            those of one; "in" where it is the other way round.
+
+    Returns:
+        `(kernel, bias)`: computed in float32, or wider where an array is, and returned
+        in the dtype of the kernel. There is always a bias.
+
+    Raises:
+        ValueError: An axis is out of range, groups do not divide it, or the features of
+            the kernel, the bias and the norm differ.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> affine = jaxbn.Affine(jnp.array([2.0, 1.0]), jnp.array([0.0, 5.0]))
+        >>> kernel, bias = jaxbn.fold(jnp.ones((3, 2)), None, affine)
+        >>> print(kernel[0], bias)
+        [2. 1.] [0. 5.]
+
+    References:
+        Jacob et al., "Quantization and Training of Neural Networks for Efficient
+        Integer-Arithmetic-Only Inference", 2018, section 3.2.
+    """
+    layout = KernelLayout(in_axis, out_axis, groups, groups_on)
+    wide = _wide(kernel, bias, affine)
+    grouped = layout.spread(jnp.asarray(kernel)).astype(wide)
+    shape = grouped.shape[-3], 1, grouped.shape[-1]
+    features = shape[0] * shape[2]
+    _check_features(kernel, bias, affine, features, features)
+    slope, offset = (part.astype(wide) for part in affine)
+    folded = grouped * jnp.expand_dims(slope.reshape(shape), tuple(range(grouped.ndim - 3)))
+    if bias is not None:
+        offset = offset + slope * jnp.asarray(bias).astype(wide)
+    return (
+        layout.join(folded).astype(jnp.asarray(kernel).dtype),
+        offset.astype(jnp.asarray(kernel).dtype),
+    )
+
+
+def fold_into_next(
+    kernel: Array,
+    bias: Array | None,
+    affine: Affine,
+    *,
+    padding: str | int | Sequence[Any] | None = None,
+    transposed: bool = False,
+    in_axis: int = -2,
+    out_axis: int = -1,
+    groups: int = 1,
+    groups_on: str = "out",
+) -> Pair:
+    r"""Returns the kernel and bias of a linear layer with the norm before it folded in.
+
+    .. math::
+        W (a x + c) + b = (W a) x + (W c + b)
+
+    Exact for a dense layer, and for a convolution whose padding is none, or made of
+    values of x. Padding with zeros happens after the norm, whose offset the padded
+    places do not get: there it is exact only if the norm's offset c is 0.
+
+    Args:
+        kernel: As for `fold`.
+        bias: As for `fold`.
+        affine: What the norm is in inference, from `as_affine`.
+        padding: That of the convolution, as Flax's layers have it.
+        transposed: Whether this is a transposed convolution, whose outputs see different
+            parts of the kernel, so that it is exact only for c = 0.
+        in_axis: As for `fold`, like all that follows.
+        out_axis: As for `fold`.
+        groups: As for `fold`.
+        groups_on: As for `fold`.
+
+    Returns:
+        `(kernel, bias)`, as `fold` does.
+
+    Raises:
+        ValueError: As `fold` does; the result would not be exact.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> affine = jaxbn.Affine(jnp.array([2.0, 1.0]), jnp.array([0.0, 5.0]))
+        >>> kernel, bias = jaxbn.fold_into_next(jnp.ones((2, 1)), None, affine)
+        >>> print(kernel.ravel(), bias)
+        [2. 1.] [5.]
+    """
+    layout = KernelLayout(in_axis, out_axis, groups, groups_on)
+    wide = _wide(kernel, bias, affine)
+    grouped = layout.spread(jnp.asarray(kernel)).astype(wide)
+    _, shape_in, shape_out = grouped.shape[-3:]
+    count = grouped.shape[-3]
+    _check_features(kernel, bias, affine, count * shape_in, count * shape_out)
+    _check_exact(grouped.shape[:-3], affine, padding, transposed)
+    slope, offset = (part.astype(wide).reshape(count, shape_in, 1) for part in affine)
+    spatial = tuple(range(grouped.ndim - 3))
+    total = (grouped.sum(spatial) * offset).sum(1).reshape(-1)
+    if bias is not None:
+        total = total + jnp.asarray(bias).astype(wide)
+    folded = layout.join(grouped * jnp.expand_dims(slope, spatial))
+    kind = jnp.asarray(kernel).dtype
+    return folded.astype(kind), total.astype(kind)
+
+
+def _wide(kernel: Array, bias: Array | None, affine: Affine) -> jnp.dtype:
+    given = [kernel, *affine] if bias is None else [kernel, bias, *affine]
+    kinds = (jnp.asarray(array).dtype for array in given)
+    return widest(jnp.dtype(jnp.float32), *kinds)
+
+
+def _check_features(
+    kernel: Array, bias: Array | None, affine: Affine, norm: int, out: int
+) -> None:
+    for name, array, want in (
+        ("norm", affine.scale, norm),
+        ("norm's bias", affine.bias, norm),
+        ("bias", bias, out),
+    ):
+        if array is not None and jnp.shape(array) != (want,):
+            raise ValueError(
+                f"the {name} has the shape {jnp.shape(array)}, but the kernel of shape "
+                f"{jnp.shape(kernel)} asks for {(want,)}. Check in_axis, out_axis and "
+                "groups, and that the two layers are neighbours."
+            )
+
+
+def _check_exact(
+    spatial: tuple[int, ...], affine: Affine, padding: Any, transposed: bool
+) -> None:
+    """Raises unless the offset of the norm reaches every output alike."""
+    if not spatial or (not is_traced(affine.bias) and not bool(jnp.any(affine.bias))):
+        return
+    if transposed:
+        why = "a transposed convolution spreads it unevenly over its outputs"
+    elif padding is None:
+        why = "the padding of the convolution is not told"
+    elif isinstance(padding, str):
+        single = padding.upper().startswith("SAME") and math.prod(spatial) == 1
+        if single or padding.upper() in _HARMLESS:
+            return
+        why = f"padding={padding!r} adds zeros behind the norm"
+    elif not any(jax.tree.leaves(padding)):
+        return
+    else:
+        why = f"padding={padding!r} adds zeros behind the norm"
+    raise ValueError(
+        f"the norm has an offset that is not 0, and {why}, so folding would not be exact. "
+        "Keep this norm, or fold it into the layer before it; if there is no padding, say "
+        'padding="VALID".'
+    )

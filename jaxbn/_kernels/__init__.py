@@ -1,0 +1,1 @@
+"""What touches x: the reduction and the map, one file per platform for the formulations."""

@@ -1,0 +1,88 @@
+"""Normalization by given statistics."""
+
+import jax.numpy as jnp
+
+from jaxbn._kernels.affine import affine_map
+from jaxbn._axes import as_axes, expand, feature_shape, reduction_axes
+from jaxbn._dtypes import as_dtype, as_float
+from jaxbn._kernels.barriers import as_input
+from jaxbn._typing import Array, Axes, DTypeLike
+
+
+def normalize(
+    x: Array,
+    mean: Array,
+    var: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    feature_axes: Axes = -1,
+    epsilon: float = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    r"""Returns `x` normalized by the given statistics, then scaled and shifted.
+
+    .. math::
+        y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta
+
+    Computed in float32, or in x's dtype where that is wider, and cast once at the end.
+
+    Args:
+        x: Floating or complex, of rank 2 or more.
+        mean: Of the shape of the features.
+        var: Likewise, real and non-negative.
+        scale: Likewise, or None for 1.
+        bias: Likewise, or None for 0.
+        feature_axes: The axes of x that the other arrays belong to.
+        epsilon: Added to `var` inside the square root.
+        dtype: The dtype of the result; None for that of x.
+
+    Returns:
+        An array of the shape of `x`.
+
+    Raises:
+        TypeError: x is of an integer or boolean dtype.
+        ValueError: An axis is out of range or named twice; an array does not have the
+            shape of the features; epsilon is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> mean, var = jnp.array([2.0]), jnp.array([1.0])
+        >>> print(jaxbn.normalize(x, mean, var, bias=jnp.array([5.0]), epsilon=1e-12))
+        [[4.]
+         [6.]]
+
+    References:
+        Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by
+        Reducing Internal Covariate Shift", 2015.
+
+    Differs from `tf.nn.batch_normalization`, which computes x times a factor plus an
+    offset in x's dtype and so loses digits when the mean is large.
+    """
+    x = as_float(x)
+    check_epsilon(epsilon)
+    feature_axes = as_axes(feature_axes)
+    axes = reduction_axes(feature_axes, x.shape)
+    features = feature_shape(feature_axes, x.shape)
+    arrays = {"mean": mean, "var": var, "scale": scale, "bias": bias}
+    for name, array in arrays.items():
+        if array is not None and jnp.shape(array) != features:
+            raise ValueError(
+                f"{name} must have the shape {features} of the features of x, whose shape "
+                f"is {x.shape}, got {jnp.shape(array)}. Check feature_axes={feature_axes}."
+            )
+    wide = {
+        name: None if array is None else expand(jnp.asarray(array), axes)
+        for name, array in arrays.items()
+    }
+    return affine_map(as_input(x), **wide, epsilon=epsilon, dtype=as_dtype(dtype))
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raises unless `epsilon` is positive."""
+    if not epsilon > 0:
+        raise ValueError(
+            f"epsilon must be positive, got {epsilon}. It keeps a constant feature from "
+            "dividing by 0; 1e-5 is usual."
+        )

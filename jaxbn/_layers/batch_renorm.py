@@ -1,0 +1,260 @@
+"""Batch renormalization: training with what inference will see, up to limits."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn import initializers
+
+from jaxbn._layers.apply import apply_layer
+from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._statistics.moments import Moments
+from jaxbn._sharding import reshard_like
+from jaxbn._layers.renorm_limits import RenormLimits, check_limits
+from jaxbn._statistics.running import check_momentum, is_sound, move
+from jaxbn._state import BatchNormParams
+from jaxbn._typing import Array, Initializer, Key, Pair
+
+
+class RenormStats(NamedTuple):
+    """The running statistics of batch renormalization, each of the shape of the features.
+
+    Example:
+        >>> import jaxbn
+        >>> _, state = jaxbn.BatchRenorm().init(3)
+        >>> state._fields
+        ('mean', 'var', 'std', 'renorm_mean', 'renorm_std')
+
+    Attributes:
+        mean: Running mean, which inference uses. Starts at 0.
+        var: The variance that inference uses: that of `std`. Starts at 1.
+        std: Running standard deviation, sqrt(var + epsilon) of each batch averaged.
+        renorm_mean: Running mean, which the correction in training is taken from.
+        renorm_std: Running standard deviation, likewise.
+    """
+
+    mean: Array
+    var: Array
+    std: Array
+    renorm_mean: Array
+    renorm_std: Array
+
+
+_DEFAULT, _LIMITS = BatchNorm(), RenormLimits()
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class BatchRenorm:
+    r"""Batch renormalization.
+
+    .. math::
+        y = \left(\frac{x - \mu_B}{\sigma_B} r + d\right) \gamma + \beta, \quad
+        r = \mathrm{clip}\!\left(\frac{\sigma_B}{\sigma}\right), \quad
+        d = \mathrm{clip}\!\left(\frac{\mu_B - \mu}{\sigma}\right)
+
+    with the running mean and standard deviation of the correction as they were before the
+    batch, and no gradient through r and d. Where neither is clipped, training computes
+    what inference will. Inference is that of `bn`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> layer = jaxbn.BatchRenorm(jaxbn.BatchNorm(momentum=0.9), momentum=0.9)
+        >>> params, state = layer.init(1)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> y, state = layer.apply(params, state, x, training=True)
+        >>> print(y.ravel())
+        [1. 3.]
+
+    Attributes:
+        bn: The normalization that is corrected. Its momentum is that of the statistics
+            for inference.
+        momentum: The decay of the statistics that the correction is taken from.
+        limits: The limits of r and d. The paper recommends a schedule, see
+            `renorm_limits`, which is passed to `apply`.
+
+    Raises:
+        TypeError: bn is not a `BatchNorm`; momentum or a limit is an array.
+        ValueError: A hyperparameter is out of its range; bn debiases, is cumulative or has
+            a ddof.
+
+    References:
+        Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+        Batch-Normalized Models", 2017.
+
+    Differs from Keras and TensorFlow in the limits, which are the paper's final ones
+    unless given, and in `momentum`, called renorm_momentum there.
+    """
+
+    bn: BatchNorm = _DEFAULT
+    _: dataclasses.KW_ONLY
+    momentum: float = 0.99
+    limits: RenormLimits = _LIMITS
+
+    def __post_init__(self):
+        if not isinstance(self.bn, BatchNorm):
+            raise TypeError(
+                f"BatchRenorm.bn must be a BatchNorm, got {type(self.bn).__name__}. Ghost "
+                "batches go around it: GhostBatchNorm(BatchRenorm(bn), ...)."
+            )
+        if self.bn.debias or self.bn.momentum is None or self.bn.ddof:
+            raise ValueError(
+                f"BatchRenorm tracks the standard deviation that it normalizes with, got "
+                f"{self.bn}. Leave out debias, momentum=None and ddof."
+            )
+        if self.momentum is None or isinstance(self.momentum, jax.Array):
+            raise TypeError(
+                f"BatchRenorm.momentum must be a Python number, got {self.momentum!r}. "
+                "Use 0.99 or the like."
+            )
+        check_momentum(self.momentum)
+        if any(isinstance(limit, jax.Array) for limit in self.limits):
+            raise TypeError(
+                "BatchRenorm.limits must hold Python numbers, got an array. Pass limits "
+                "that change from step to step to apply(..., limits=...)."
+            )
+        object.__setattr__(self, "limits", RenormLimits(*map(float, self.limits)))
+        check_limits(self.limits)
+
+    def init(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        scale_init: Initializer = initializers.ones,
+        bias_init: Initializer = initializers.zeros,
+        mean_init: Initializer = initializers.zeros,
+        var_init: Initializer = initializers.ones,
+        key: Key | None = None,
+    ) -> tuple[BatchNormParams, RenormStats]:
+        """Returns the params and the state before training, as `BatchNorm.init` does.
+
+        The standard deviations start at the square root of the initial variance.
+        """
+        params, stats = self.bn.init(
+            num_features,
+            scale_init=scale_init,
+            bias_init=bias_init,
+            mean_init=mean_init,
+            var_init=var_init,
+            key=key,
+        )
+        # Copies, since a donated state must not hold one buffer twice.
+        std, renorm_std = jnp.sqrt(stats.var), jnp.sqrt(stats.var)
+        return params, RenormStats(stats.mean, stats.var, std, stats.mean + 0, renorm_std)
+
+    def apply(
+        self,
+        params: BatchNormParams,
+        state: RenormStats,
+        x: Array,
+        training: bool | Array,
+        *,
+        weights: Array | None = None,
+        residual: Array | None = None,
+        adjustment: Pair | None = None,
+        momentum: float | Array | None = None,
+        limits: RenormLimits | None = None,
+    ) -> tuple[Array, RenormStats]:
+        """Returns the normalized `x` and the state after it, as `BatchNorm.apply` does.
+
+        Args:
+            params: As `init` returned them, or trained since.
+            state: As `init` or the last call returned it.
+            x: Floating or complex, of rank 2 or more.
+            training: A bool, or a boolean scalar array, which may be traced.
+            weights: As for `BatchNorm.apply`.
+            residual: As for `BatchNorm.apply`.
+            adjustment: As for `BatchNorm.apply`; it follows the correction.
+            momentum: Overrides the momentum of `bn`; may be traced.
+            limits: Overrides the limits of the layer; each may be traced.
+
+        Returns:
+            `(y, state)`.
+
+        Raises:
+            TypeError: As `BatchNorm.apply` does.
+            ValueError: As `BatchNorm.apply` does; a limit is out of its range.
+        """
+        return apply_layer(
+            self,
+            params,
+            state,
+            x,
+            training,
+            weights=weights,
+            residual=residual,
+            adjustment=adjustment,
+            momentum=momentum,
+            limits=limits,
+        )
+
+    def _settings(self) -> BatchNorm:
+        return self.bn
+
+    def _stats_fields(self) -> tuple[type, set[str]]:
+        return RenormStats, set()
+
+    def _check(
+        self,
+        state: RenormStats,
+        x: Array,
+        tracks: bool,
+        *,
+        momentum: Any = None,
+        limits: Any = None,
+    ) -> None:
+        if tracks and jnp.iscomplexobj(x):
+            raise TypeError(
+                f"BatchRenorm clips its correction and needs a real x, got {x.dtype}. Use "
+                "BatchNorm, or normalize the real and the imaginary part as two features."
+            )
+        check_momentum(momentum)
+        if limits is not None:
+            check_limits(limits)
+
+    def _track(
+        self,
+        batch: Moments,
+        state: RenormStats,
+        *,
+        momentum: Any = None,
+        limits: Any = None,
+    ) -> tuple[Pair, RenormStats]:
+        state, batch = lax.stop_gradient((state, batch))
+        batch = Moments(*(reshard_like(array, state.mean) for array in batch))
+        epsilon = self.bn.epsilon
+        std = jnp.sqrt(batch.var + epsilon)
+        sound = is_sound(batch, std)
+        correction = self._correction(batch, std, state, limits)
+
+        momentum = self.bn.momentum if momentum is None else momentum
+        assert momentum is not None
+        rate = 1 - momentum
+        slow = 1 - self.momentum
+        running_std = move(state.std, std, rate, sound)
+        var = jnp.maximum(jnp.square(running_std) - epsilon, 0)
+        return correction, RenormStats(
+            mean=move(state.mean, batch.mean, rate, sound),
+            var=jnp.where(sound, var, state.var),
+            std=running_std,
+            renorm_mean=move(state.renorm_mean, batch.mean, slow, sound),
+            renorm_std=move(state.renorm_std, std, slow, sound),
+        )
+
+    def _correction(
+        self, batch: Moments, std: Array, state: RenormStats, limits: RenormLimits | None
+    ) -> Pair:
+        """Returns r and d, or 1 and 0 for a feature of which the batch holds nothing."""
+        r_min, r_max, d_max = (
+            jnp.asarray(limit).astype(std.dtype)
+            for limit in (self.limits if limits is None else limits)
+        )
+        mean, scale = (a.astype(std.dtype) for a in (state.renorm_mean, state.renorm_std))
+        # The floor is what the standard deviation of a constant feature would be.
+        scale = jnp.maximum(scale, jnp.sqrt(self.bn.epsilon))
+        r = jnp.clip(std / scale, r_min, r_max)
+        d = jnp.clip((batch.mean - mean) / scale, -d_max, d_max)
+        seen = batch.count > 0
+        return jnp.where(seen, r, 1), jnp.where(seen, d, 0)

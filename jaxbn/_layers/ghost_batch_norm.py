@@ -1,0 +1,115 @@
+"""Ghost batches: normalize parts of the batch each by their own statistics."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxbn._layers.apply import apply_layer
+from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._layers.ghost_batches import Groups
+from jaxbn._layers.batch_renorm import BatchRenorm
+from jaxbn._state import BatchNormParams
+from jaxbn._typing import Array
+
+LAYOUTS = ("contiguous", "strided")
+TRACKINGS = ("pooled", "averaged")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class GhostBatchNorm:
+    """Normalization by the statistics of ghost batches, parts of the batch.
+
+    In training, the rows of x (its axis 0) are divided into ghost batches of
+    `virtual_batch_size`, each normalized by its own mean and variance, as if it were a
+    batch on a device of its own. Inference is that of `inner`, for batches of any size.
+    With a `BatchRenorm` inside, r and d are taken from the merged statistics and shared.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbn
+        >>> layer = jaxbn.GhostBatchNorm(jaxbn.BatchNorm(momentum=0.0), 2)
+        >>> params, state = layer.init(1)
+        >>> x = jnp.array([[0.0], [2.0], [10.0], [14.0]])
+        >>> y, state = layer.apply(params, state, x, training=True)
+        >>> print(y.round(3).ravel(), state.mean)
+        [-1.  1. -1.  1.] [6.5]
+
+    Attributes:
+        inner: A `BatchNorm` or a `BatchRenorm`.
+        virtual_batch_size: The rows of a ghost batch. It must divide the batch.
+        layout: "contiguous" makes neighbouring rows a ghost batch; "strided" makes rows
+            j, j + G, j + 2G, ... the j-th of G ghost batches, as TensorFlow 1 did.
+        tracking: "pooled" tracks the statistics of the whole batch, exactly; "averaged"
+            tracks the plain averages of the means and variances of the ghost batches, as
+            TensorFlow 1 did, which leaves out how far the means lie apart.
+
+    Raises:
+        TypeError: inner is not a layer that can be divided; the size is not an int.
+        ValueError: The size is not positive; layout or tracking is unknown.
+
+    References:
+        Hoffer, Hubara and Soudry, "Train longer, generalize better", 2017.
+
+    Differs from `tf.layers.batch_normalization(virtual_batch_size=...)` in layout and
+    tracking unless asked otherwise, and in that inference needs no divisible batch.
+    """
+
+    inner: BatchNorm | BatchRenorm
+    virtual_batch_size: int
+    _: dataclasses.KW_ONLY
+    layout: str = "contiguous"
+    tracking: str = "pooled"
+
+    def __post_init__(self):
+        if not isinstance(self.inner, (BatchNorm, BatchRenorm)):
+            raise TypeError(
+                "GhostBatchNorm divides a BatchNorm or a BatchRenorm, whose statistics it "
+                f"can merge, got {type(self.inner).__name__}. Ghost batches within ghost "
+                "batches are ghost batches of the smaller size."
+            )
+        size = self.virtual_batch_size
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(
+                f"virtual_batch_size must be an int, got {size!r}. Use e.g. 32."
+            )
+        if size < 1:
+            raise ValueError(
+                f"virtual_batch_size must be positive, got {size}. Use e.g. 32."
+            )
+        for name, known in (("layout", LAYOUTS), ("tracking", TRACKINGS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}. Choose one of {known}.")
+
+    def init(
+        self, num_features: int | tuple[int, ...], **options: Any
+    ) -> tuple[BatchNormParams, Any]:
+        """Returns the params and the state of `inner`; takes the keywords of its `init`."""
+        return self.inner.init(num_features, **options)
+
+    def apply(
+        self,
+        params: BatchNormParams,
+        state: Any,
+        x: Array,
+        training: bool | Array,
+        **options: Any,
+    ) -> tuple[Array, Any]:
+        """Returns the normalized `x` and the state after it.
+
+        Takes the arguments of `inner.apply`, and raises what it does.
+
+        Raises:
+            ValueError: In training, virtual_batch_size does not divide the rows of x; axis
+                0 of x is a feature axis.
+        """
+        groups = self._groups()
+        return apply_layer(self.inner, params, state, x, training, groups=groups, **options)
+
+    def _groups(self) -> Groups:
+        return Groups(
+            size=self.virtual_batch_size,
+            strided=self.layout == "strided",
+            averaged=self.tracking == "averaged",
+        )

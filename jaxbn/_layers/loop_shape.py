@@ -1,0 +1,69 @@
+"""The view of x that the arithmetic works on: axes merged, ghost batches divided off."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from jaxbn._axes import expand, reduction_axes
+from jaxbn._layers.ghost_batches import Groups
+from jaxbn._kernels.barriers import is_small, isolated
+from jaxbn._sharding import explicit_axes, join_axes
+from jaxbn._typing import Array, Axes, Shape
+
+
+class View(NamedTuple):
+    """A static description of how the axes of x are taken.
+
+    Attributes:
+        shape: The shape of x.
+        reduced: The axes of x that are averaged over.
+        merged: How many of its last axes are taken as one, or 0.
+        groups: The ghost batches that its first axis is divided into, or None.
+    """
+
+    shape: Shape
+    reduced: tuple[int, ...]
+    merged: int
+    groups: Groups | None
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of the view that are averaged over."""
+        last = len(self.reduced) - max(self.merged - 1, 0)
+        axes = self.reduced[:last]
+        return axes if self.groups is None else self.groups.axes(axes)
+
+    def of(self, array: Array) -> Array:
+        """Returns the view of an array of the features, or one that broadcasts to x."""
+        if array.ndim < len(self.shape):
+            array = expand(array, self.reduced)
+        if self.merged:
+            first, last = array.shape[: -self.merged], array.shape[-self.merged :]
+            if any(size != 1 for size in last):
+                last = self.shape[-self.merged :]
+                array = jnp.broadcast_to(array, (*first, *last))
+            # Without the barrier the compiler would move the reshape out of the way.
+            (array,) = isolated(array.reshape(*first, math.prod(last)))
+        return array if self.groups is None else self.groups.split(array)
+
+    def back(self, y: Array, x: Array) -> Array:
+        """Returns `y`, which has the shape of the view, in the shape of `x`."""
+        if self.groups is not None:
+            merged = (*x.shape[: -self.merged], -1) if self.merged else x.shape
+            y = join_axes(y, x if not self.merged else x.reshape(merged))
+        return isolated(y)[0].reshape(x.shape) if self.merged else y
+
+
+def view_of(x: Array, feature_axes: Axes, groups: Groups | None) -> View:
+    """Returns the view of `x` in which loops are long.
+
+    The CPU backend makes a loop of the last axis: 7 elements where images of 7 x 7 have
+    their channels first.
+    """
+    reduced = reduction_axes(feature_axes, x.shape)
+    merged = 0
+    while merged < len(reduced) and reduced[-1 - merged] == x.ndim - 1 - merged:
+        merged += 1
+    worth = merged > 1 and not is_small(x) and not explicit_axes(x)
+    return View(x.shape, reduced, merged if worth else 0, groups)

@@ -1,0 +1,1 @@
+"""Vectors of statistics: weights, moments, sums over devices, running averages."""

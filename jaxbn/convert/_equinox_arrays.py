@@ -1,0 +1,120 @@
+"""What the buffers of Equinox's batch norm mean, in both of its modes."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._dtypes import at_least_float32
+from jaxbn._state import BatchNormParams, BatchStats
+from jaxbn.convert._converted import Converted
+from jaxbn.convert._debias import share, steps_of
+from jaxbn.convert._array_names import Part
+from jaxbn._layers.ema_batch_norm import EmaBatchNorm
+from jaxbn.convert._arrays import (
+    Values,
+    checked,
+    per_feature,
+    plain,
+    to_params,
+    to_stats,
+)
+
+Variance: TypeAlias = Literal["used", "intended"]
+
+
+def read_arrays(part: Part, *, momentum: float, eps: float, variance: Variance) -> Values:
+    """Returns the layer of either mode, which the names tell."""
+    if "first_time" in part.arrays:
+        return _read_ema(part, momentum, eps)
+    part.require("hidden_mean", "hidden_var")
+    read = checked(part, ("scale", "bias", "hidden_mean", "hidden_var"))
+    steps = part.count("counter")
+    weight = share(momentum, steps)
+    mean, var = (
+        array.astype(at_least_float32(array.dtype))
+        for array in (read.arrays["hidden_mean"], read.arrays["hidden_var"])
+    )
+    notes = read.notes
+    if steps == 0:
+        if variance == "intended":
+            var = np.ones_like(var)
+        else:
+            notes += ("has seen no batch; to train on as Equinox, read it as intended",)
+    elif variance == "intended":
+        var = _intended(part, var, 1 - weight)
+    if steps:
+        mean, var = mean / mean.dtype.type(weight), var / var.dtype.type(weight)
+    values = to_stats(mean, var, np.full(read.features, weight))
+    params, fields = _settings(read, momentum, eps)
+    bn = BatchNorm(**fields, debias=True)
+    return Values(bn, params, BatchStats(*values), notes)
+
+
+def _intended(part: Part, hidden: np.ndarray, start: Any) -> np.ndarray:
+    """Returns the hidden variance without what is left of the 1 that it started at."""
+    rest = hidden - hidden.dtype.type(start)
+    if (rest < -1e-5).any():
+        raise ValueError(
+            f"{part.names['hidden_var']} is below momentum^counter = {start:.6g}, and "
+            "cannot have started at 1. Pass the momentum that the module was made with, or "
+            'variance="used".'
+        )
+    return np.maximum(rest, 0)
+
+
+def _read_ema(part: Part, momentum: float, eps: float) -> Values:
+    first_time = bool(part.count("first_time"))
+    roles = ("scale", "bias")
+    if not first_time:
+        # Before the first batch they are memory that nothing was written to.
+        part.require("mean", "var")
+        roles += ("mean", "var")
+    read = checked(part, roles)
+    features = read.features or part.need("mean").shape
+    arrays = {"mean": np.zeros(features, "f"), "var": np.ones(features, "f"), **read.arrays}
+    full = read._replace(arrays=arrays, features=features)
+    weight = np.full(features, 0 if first_time else 1, np.float32)
+    values = to_stats(arrays["mean"], arrays["var"], weight)
+    params, fields = _settings(full, momentum, eps)
+    bn = EmaBatchNorm(BatchNorm(**fields))
+    return Values(bn, params, BatchStats(*values), read.notes)
+
+
+def _settings(read: Any, momentum: float, eps: float) -> tuple[BatchNormParams, dict]:
+    params, param_dtype = to_params(read)
+    return params, {
+        "feature_axes": 1,
+        "momentum": momentum,
+        "epsilon": eps,
+        "use_scale": params.scale is not None,
+        "use_bias": params.bias is not None,
+        "param_dtype": param_dtype,
+    }
+
+
+def write_arrays(
+    layer: Converted, kept: Mapping[str, np.ndarray], *, variance: Variance
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of either mode, which the kind of the layer tells."""
+    state = layer.state
+    if isinstance(layer.bn, EmaBatchNorm):
+        assert isinstance(state, BatchStats)
+        assert state.weight is not None
+        arrays = per_feature(layer.params, mean=state.mean, var=state.var)
+        return {**arrays, "first_time": np.asarray(not np.max(state.weight) > 0)}
+    bn = plain(layer.bn, "Equinox")
+    counted = int(kept["counter"].reshape(())) if "counter" in kept else None
+    steps = steps_of(bn, state, counted, "Equinox")
+    weight = share(bn.momentum or 0.0, steps)
+    mean, var = np.asarray(state.mean), np.asarray(state.var)
+    hidden_var = var * var.dtype.type(weight) if steps else var
+    if steps and variance == "intended":
+        hidden_var = hidden_var + var.dtype.type(1 - weight)
+    return {
+        **per_feature(layer.params),
+        "hidden_mean": mean * mean.dtype.type(weight),
+        "hidden_var": hidden_var,
+        "counter": np.asarray(steps, np.int32),
+    }

@@ -1,0 +1,135 @@
+"""All batch norms of a model, found by their names; what was left; and the way back."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxbn.convert._converted import Converted, Read, Write, read_layer, write_one
+from jaxbn.convert._array_names import Dialect, Part, flatten
+
+_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """The batch norms of a model. Prints as a table.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxbn import convert
+        >>> arrays = {"fc.weight": np.ones((2, 3), np.float32)}
+        >>> for name in ("weight", "bias", "running_mean", "running_var"):
+        ...     arrays[f"bn1.{name}"] = np.ones(2, np.float32)
+        >>> found = convert.find_torch(arrays)
+        >>> print(found)
+        batch norm  features  dtype    arrays                                notes
+        bn1         2         float32  weight bias running_mean running_var
+        left        shape     dtype
+        fc.weight   2x3       float32
+        batch norms: 1, of 4 arrays; left: 1
+
+    Attributes:
+        layers: A `Converted` for each name of a layer, in the order of the arrays.
+        left: The names of the arrays that belong to none of them.
+    """
+
+    layers: Mapping[str, Converted]
+    left: tuple[str, ...]
+    _tree: Any = dataclasses.field(repr=False)
+    _dialect: Dialect = dataclasses.field(repr=False)
+    _write: Write = dataclasses.field(repr=False)
+
+    def put_back(self, layers: Mapping[str, Converted]) -> dict[str, Any]:
+        """Returns the model that was searched, with the arrays of `layers` replaced.
+
+        Args:
+            layers: Those that changed, by their names, e.g.
+                `{name: dataclasses.replace(layer, params=..., state=...)}`.
+
+        Returns:
+            Dicts, nested as they were; what did not change as it was.
+
+        Raises:
+            ValueError: There is no such layer, or it has other arrays than it had.
+        """
+        new: dict[str, np.ndarray] = {}
+        for name, layer in layers.items():
+            if name not in self.layers:
+                known = ", ".join(map(repr, list(self.layers)[:8]))
+                raise ValueError(
+                    f"there was no batch norm {name!r} in the model. There were "
+                    f"{len(self.layers)}: {known}."
+                )
+            arrays = write_one(self._dialect, layer, name, self._write)
+            source = self.layers[name].source
+            assert source is not None
+            had = {self._dialect.name(s, name) for s in source.spellings.values()}
+            if arrays.keys() != had:
+                raise ValueError(
+                    f"the batch norm {name!r} has the arrays {sorted(had)}, but would get "
+                    f"{sorted(arrays)}. Replace only values of what was found."
+                )
+            new |= arrays
+        return _replaced(self._tree, (), self._dialect.separator, new.get)
+
+    def __str__(self) -> str:
+        flat = flatten(self._tree, self._dialect.separator)
+        rows = [("batch norm", "features", "dtype", "arrays", "notes")]
+        count = 0
+        for name, layer in self.layers.items():
+            assert layer.source is not None
+            tails = list(map(self._dialect.tail, layer.source.spellings.values()))
+            count += len(tails)
+            row = (*_shape(layer.state.mean), " ".join(tails), "; ".join(layer.notes))
+            rows.append((name or "(itself)", *row))
+        rows.append(("left", "shape", "dtype", "", ""))
+        rows += [(name, *_shape(flat[name]), "", "") for name in self.left[:_SHOWN]]
+        if len(self.left) > _SHOWN:
+            rows.append((f"... {len(self.left) - _SHOWN} more", "", "", "", ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines.append(
+            f"batch norms: {len(self.layers)}, of {count} arrays; left: {len(self.left)}"
+        )
+        return "\n".join(lines)
+
+
+def find(dialect: Dialect, tree: Mapping[str, Any], read: Read, write: Write) -> Found:
+    """Returns all batch norms of a model, or raises with all that is wrong with them."""
+    flat = flatten(tree, dialect.separator)
+    layers, wrong, taken = {}, [], set()
+    for name, spellings in dialect.layers(flat).items():
+        if not set(dialect.marks) & spellings.keys():
+            continue
+        try:
+            part = Part(dialect, name, spellings, flat)
+            layers[name] = read_layer(dialect, part, read, write)
+            taken |= set(part.names.values())
+        except ValueError as error:
+            wrong.append(f"{name or '(itself)'}: {error}")
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(wrong) + len(layers)} batch norms cannot be converted:\n"
+            + "\n".join(wrong)
+        )
+    left = tuple(name for name in flat if name not in taken)
+    return Found(layers, left, tree, dialect, write)
+
+
+def _shape(array: Any) -> tuple[str, str]:
+    if not hasattr(array, "dtype"):
+        return "", type(array).__name__
+    dtype = str(array.dtype).removeprefix("torch.")
+    return "x".join(map(str, array.shape)) or "()", dtype
+
+
+def _replaced(tree: Any, path: tuple[str, ...], separator: str, new: Callable) -> Any:
+    if isinstance(tree, Mapping):
+        return {
+            key: _replaced(value, (*path, str(key)), separator, new)
+            for key, value in tree.items()
+        }
+    array = new(separator.join(path))
+    return tree if array is None else array

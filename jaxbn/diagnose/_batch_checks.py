@@ -1,0 +1,182 @@
+"""What batches tell: statistics that do not fit them, and which mistake explains it."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxbn.diagnose._find_layers import Layer
+from jaxbn.diagnose._measure import Gap, Probe
+from jaxbn.diagnose._report import Finding, as_evidence
+from jaxbn.diagnose._array_checks import unconverged
+
+# Standard deviations of a batch mean, as 6 independent elements per feature have.
+_NOISY = 0.4
+# How many times the variance of its mean may exceed that of a batch drawn at random.
+_UNLIKE = 4
+# How far statistics may lie from the batches: a part of the standard deviation, a factor
+# on it, and so many times what sampling explains.
+_SHIFT, _STRETCH, _SAMPLING = 0.4, 1.6, 5.0
+# What is left of the initial statistics, and how much of the drift that must explain.
+_LEFT, _FIT = 0.05, 0.7
+# By how much running deviations are wider, as a logarithm: in this share of the layers,
+# and on average over the layers.
+_WIDE, _MOST, _WIDE_MEAN = 0.05, 0.7, 0.07
+# The standard deviations of the output that evaluation may be off.
+_GAP = 0.5
+
+
+class Drift(NamedTuple):
+    """How far the statistics of a layer lie from its batches."""
+
+    shift: float
+    stretch: float
+    wide: float  # the mean logarithm of running over batch standard deviation
+    large: bool
+
+
+def measure_drift(layer: Layer, probe: Probe, epsilon: float) -> Drift:
+    """Returns how far the running statistics lie from those of the batches."""
+    if not probe.tracked:
+        return Drift(np.nan, np.nan, np.nan, False)
+    std = np.sqrt(probe.var + epsilon)
+    apart = np.abs(layer.mean - probe.mean) / std
+    factor = np.log(np.maximum(layer.var, 0) + epsilon) / 2 - np.log(std)
+    shift = float(np.sqrt(np.mean(np.square(apart))))
+    spread = float(np.sqrt(np.mean(np.square(factor))))
+    chance = _SAMPLING * _chance(probe)
+    large = shift > max(_SHIFT, chance) or spread > max(np.log(_STRETCH), chance)
+    finite = bool(np.isfinite(shift) and np.isfinite(spread))
+    return Drift(shift, float(np.exp(spread)), float(np.mean(factor)), large and finite)
+
+
+def check_batches(layer: str, probe: Probe) -> Iterator[Finding]:
+    """Yields what is wrong with the batches of a layer."""
+    if not probe.noise > _NOISY:
+        return
+    evidence = as_evidence(noise=probe.noise, rows=probe.rows, elements=probe.noise**-2)
+    if probe.noise**2 * probe.rows > _UNLIKE:
+        yield Finding(
+            layer,
+            "unlike-batches",
+            "warning",
+            evidence,
+            f"the means of batches of {probe.rows} lie {probe.noise:.2f} deviations "
+            "apart, more than batches drawn at random would.",
+            "Shuffle the data, or put every kind of example into every batch.",
+        )
+    else:
+        yield Finding(
+            layer,
+            "small-batch",
+            "warning",
+            evidence,
+            f"the means of batches lie {probe.noise:.2f} standard deviations apart, as "
+            f"with {probe.noise**-2:.1f} independent elements per feature.",
+            "Use larger batches, synchronize over devices with axis_name, use "
+            "jaxbn.BatchRenorm, or freeze the layer.",
+        )
+
+
+def explain_drift(
+    rows: Sequence[tuple[Layer, Probe, Drift]], steps: float
+) -> Iterator[Finding]:
+    """Yields why statistics do not fit their batches.
+
+    A pattern over the layers is one mistake that made it, and shows before any one layer
+    has drifted far. Otherwise the layers that did are told.
+    """
+    measured = [row for row in rows if np.isfinite(row[2].shift)]
+    if not measured:
+        return
+    left, fit = _initial_share([row[:2] for row in measured])
+    # Where the steps were counted, enough of them rule the pattern out.
+    possible = any(not probe.momentum**steps < _LEFT / 2 for _, probe, _ in measured)
+    if possible and left > _LEFT and fit > _FIT:
+        for layer, probe, _ in measured:
+            yield unconverged(layer.name, left, probe.momentum, steps)
+        return
+    wide = np.array([drift.wide for _, _, drift in measured])
+    if len(wide) > 1 and np.mean(wide > _WIDE) >= _MOST and wide.mean() > _WIDE_MEAN:
+        for layer, _, drift in measured:
+            yield _averaged(layer.name, drift)
+        return
+    drifting = [row for row in measured if row[2].large]
+    for layer, _, drift in drifting:
+        yield Finding(
+            layer.name,
+            "drift",
+            "error",
+            as_evidence(shift=drift.shift, stretch=drift.stretch, layers=len(drifting)),
+            f"the running means lie {drift.shift:.2f} standard deviations from the "
+            f"batches and the deviations differ by a factor of {drift.stretch:.2f}; "
+            f"{len(drifting)} of {len(measured)} layers drift.",
+            "If the data were prepared otherwise, or are of another domain, prepare them "
+            "as in training or reestimate the statistics; if the params were changed "
+            "since, reestimate.",
+        )
+
+
+def _averaged(layer: str, drift: Drift) -> Finding:
+    return Finding(
+        layer,
+        "averaged-weights",
+        "error",
+        as_evidence(wide=drift.wide, shift=drift.shift, stretch=drift.stretch),
+        f"the running deviations are {np.expm1(drift.wide):+.0%} off those of the "
+        "batches, and wider in almost every layer: averaged weights make narrower "
+        "activations than the weights that the statistics come from.",
+        "Estimate the statistics anew with the averaged weights before evaluation.",
+    )
+
+
+def check_gap(
+    layers: Sequence[Layer], probes: Sequence[Probe], gap: Gap
+) -> Iterator[Finding]:
+    """Yields a finding if evaluation is far from what the batches would give."""
+    chance = np.sqrt(sum(_chance(probe) ** 2 for probe in probes if probe.tracked))
+    if not gap.total > max(_GAP, _SAMPLING * chance) or not np.isfinite(gap.alone).any():
+        return
+    worst = int(np.nanargmax(gap.alone))
+    yield Finding(
+        layers[worst].name,
+        "gap",
+        "error",
+        as_evidence(total=gap.total, alone=gap.alone[worst]),
+        f"in evaluation the output moves by {gap.total:.2f} of its standard deviation, and "
+        f"by {gap.alone[worst]:.2f} with the statistics of this layer alone.",
+        "Look at this layer first. Where the batches are as varied as those of training, "
+        "reestimated statistics close the gap.",
+    )
+
+
+def _chance(probe: Probe) -> float:
+    """Returns how far the batches here, and those in the average, differ by chance."""
+    noise = probe.noise if np.isfinite(probe.noise) else probe.rows**-0.5
+    m = probe.momentum if np.isfinite(probe.momentum) else 1.0
+    return float(noise * np.sqrt(1 / probe.batches + (1 - m) / (1 + m)))
+
+
+def _initial_share(pairs: Sequence[tuple[Layer, Probe]]) -> tuple[float, float]:
+    """Returns the share of 0 and 1 in the statistics, and how well it explains them.
+
+    A share that left the same trace in every mean and variance, running - batch = share
+    (initial - batch), in the units of both, fits from either end: from the batches, and
+    from the initial values.
+    """
+    starts, ends = [], []
+    for layer, probe in pairs:
+        unit = np.sqrt(1 + probe.var)
+        starts += [(0 - probe.mean) / unit, (1 - probe.var) / (1 + probe.var)]
+        ends += [
+            (layer.mean - probe.mean) / unit,
+            (layer.var - probe.var) / (1 + probe.var),
+        ]
+    start, end = np.concatenate(starts), np.concatenate(ends)
+    size = np.vdot(start, start).real
+    left = float(np.vdot(start, end).real / size) if size > 0 else 0.0
+    rest = np.square(np.abs(end - left * start)).sum()
+    totals = np.square(np.abs(end)).sum(), np.square(np.abs(end - start)).sum()
+    if not 0.02 < left < 1 or min(totals) == 0:
+        return left, 0.0
+    return left, float(1 - rest / min(totals))

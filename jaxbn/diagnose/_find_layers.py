@@ -1,0 +1,186 @@
+"""Finds the normalization layers of a model by the names and shapes of its arrays."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxbn._param_roles import names_of
+from jaxbn._typing import PyTree
+
+Path = tuple[str, ...]
+
+# The endings under which frameworks store each array; "/" stands for a node of the tree.
+_ENDINGS = {
+    "mean": ("mean", "running_mean", "moving_mean", "mean_ema/average"),
+    "var": ("var", "running_var", "moving_variance", "var_ema/average"),
+    "scale": ("scale", "weight", "gamma"),
+    "bias": ("bias", "offset", "beta"),
+    "weight": ("weight",),
+    "std": ("std",),
+    "steps": ("num_batches_tracked", "mean_ema/counter"),
+}
+# A node that torch, keras and Haiku name a layer by, without a node for the statistic.
+_SPLIT = re.compile(r"[./]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A normalization layer: its arrays in float64 without axes, and where they are.
+
+    `leaves` holds the number of each array among the leaves of the whole tree.
+    """
+
+    name: str
+    arrays: Mapping[str, np.ndarray]
+    leaves: Mapping[str, int]
+
+    def get(self, field: str) -> np.ndarray | None:
+        """Returns an array, or None if the layer lacks it."""
+        return self.arrays.get(field)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The running means."""
+        return self.arrays["mean"]
+
+    @property
+    def var(self) -> np.ndarray:
+        """The running variances."""
+        return self.arrays["var"]
+
+
+def find_layers(tree: PyTree) -> list[Layer]:
+    """Returns the layers with running statistics, in the natural order of their names.
+
+    Raises:
+        TypeError: A leaf of a layer is not an array of numbers.
+        ValueError: There is no layer with a mean and a variance of one shape.
+    """
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    index = {_split(names_of(path)): i for i, (path, _) in enumerate(pairs)}
+    index = {path: i for path, i in index.items() if path}
+    arrays = [leaf for _, leaf in pairs]
+    parents = {
+        base for path in index if (base := _without(path, _ENDINGS["mean"])) is not None
+    }
+    layers = []
+    for base in parents:
+        leaves = _statistics(base, index)
+        if leaves is None or _shape(arrays[leaves["mean"]]) != _shape(
+            arrays[leaves["var"]]
+        ):
+            continue
+        trunk, params = _params(base, index, arrays, _shape(arrays[leaves["mean"]]))
+        leaves |= params
+        found = {field: _as_float64(arrays[i], base) for field, i in leaves.items()}
+        layers.append(Layer(_name(base, trunk), found, leaves))
+    if not layers:
+        raise ValueError(
+            f"found no running mean and variance among {len(index)} arrays"
+            f"{_some('/'.join(path) for path in index)}. Pass params and statistics "
+            "together: linen variables, nnx.state(model), or (params, state)."
+        )
+    return sorted(layers, key=lambda layer: _natural(layer.name))
+
+
+def _statistics(base: Path, index: Mapping[Path, int]) -> dict[str, int] | None:
+    """Returns what lies beside a running mean, or None without a variance."""
+    leaves = {}
+    for field in ("mean", "var", "std", "steps"):
+        number = _lookup(base, _ENDINGS[field], index)
+        if number is not None:
+            leaves[field] = number
+    # Torch's weight is its scale, and lies beside running_mean; ours beside mean.
+    if (*base, "mean") in index and (*base, "weight") in index:
+        leaves["weight"] = index[*base, "weight"]
+    return leaves if leaves.keys() >= {"mean", "var"} else None
+
+
+def _params(
+    base: Path, index: Mapping[Path, int], arrays: list[Any], shape: tuple[int, ...]
+) -> tuple[Path, dict[str, int]]:
+    """Returns scale and bias, beside the statistics or at the same place elsewhere.
+
+    Collections, such as params and batch_stats, differ in one node of the path.
+    """
+    own = base[:-1] if base[-1:] == ("~",) else base
+    scales = ("scale",) if (*base, "mean") in index else _ENDINGS["scale"]
+    for trunk in (own, *(path for path in _parents(index) if _is_twin(path, own))):
+        found = {
+            "scale": _lookup(trunk, scales, index),
+            "bias": _lookup(trunk, _ENDINGS["bias"], index),
+        }
+        leaves = {field: i for field, i in found.items() if i is not None}
+        if leaves and all(np.size(arrays[i]) == np.prod(shape) for i in leaves.values()):
+            return trunk, leaves
+    return own, {}
+
+
+def _name(base: Path, trunk: Path) -> str:
+    """Returns the path of a layer without the node that says params or statistics."""
+    common = [a for a, b in zip(base, trunk, strict=False) if a == b and a != "batch_stats"]
+    return "/".join(common) or "model"
+
+
+def _is_twin(path: Path, base: Path) -> bool:
+    return len(path) == len(base) and sum(map(str.__ne__, path, base)) == 1
+
+
+def _parents(index: Mapping[Path, int]) -> list[Path]:
+    every = dict.fromkeys(
+        path[:-1] for path in index if path[-1] in ("scale", "bias", "offset")
+    )
+    return sorted(every, key=lambda path: (path[:1] != ("params",), path))
+
+
+def _lookup(base: Path, endings: tuple[str, ...], index: Mapping[Path, int]) -> int | None:
+    for ending in endings:
+        if (number := index.get((*base, *ending.split("/")))) is not None:
+            return number
+    return None
+
+
+def _without(path: Path, endings: tuple[str, ...]) -> Path | None:
+    for ending in endings:
+        tail = tuple(ending.split("/"))
+        if path[-len(tail) :] == tail:
+            return path[: -len(tail)]
+    return None
+
+
+def _split(names: Path) -> Path:
+    """Returns the nodes of a path, those within a flat name and a tensor's :0 included."""
+    nodes = [node for name in names for node in _SPLIT.split(name.removesuffix(":0"))]
+    return tuple(node for node in nodes if node)
+
+
+def _shape(array: Any) -> tuple[int, ...]:
+    return np.shape(array)
+
+
+def _as_float64(array: Any, base: Path) -> np.ndarray:
+    kind = type(array).__name__
+    try:
+        array = np.asarray(array)
+        wide = np.complex128 if np.iscomplexobj(array) else np.float64
+        return array.astype(wide).ravel()
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"the layer {'/'.join(base) or 'model'} holds {kind} where an array of numbers "
+            "was expected. Pass the arrays of params and statistics."
+        ) from error
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Returns a key that sorts BatchNorm_10 behind BatchNorm_9."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
+
+
+def _some(names: Iterable[str]) -> str:
+    first = list(names)[:4]
+    return f" ({', '.join(first)}, ...)" if first else ""

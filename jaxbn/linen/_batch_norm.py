@@ -1,0 +1,163 @@
+"""Batch normalization for Flax linen: change the import, keep everything else."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from jaxbn._flax.core_call import (
+    as_input,
+    call_batch_norm,
+    feature_sizes,
+    result_dtype,
+    stats_dtype,
+    zero_stats,
+)
+from jaxbn._flax.gathered_leaves import gathered_like
+from jaxbn.linen._folded import call_folded, is_folded
+from jaxbn.linen._variables import gathering, statistic, tracks, training_of
+from jaxbn._state import BatchNormParams, BatchStats
+from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Shape
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization with the fields, variables and behaviour of Flax's linen layer.
+
+    Checkpoints of `flax.linen.BatchNorm` load into this layer, and the other way round.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbn.linen
+        >>> layer = jaxbn.linen.BatchNorm(momentum=0.9)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)
+        >>> y, updates = layer.apply(
+        ...     variables, x, use_running_average=False, mutable=["batch_stats"]
+        ... )
+        >>> print(y.round(3).ravel(), updates["batch_stats"]["mean"].round(3))
+        [-1.  1.] [0.2]
+
+    Attributes:
+        use_running_average: Whether x is normalized with the running statistics instead
+            of those of the batch. Given here or in the call, exactly once; in the call,
+            it may be traced.
+        axis: The feature axis or axes of x.
+        momentum: The decay of the running statistics.
+        epsilon: Added to the variance inside the square root.
+        dtype: The dtype of the result; None for that of x and the params together, so
+            float32 for a bfloat16 x and float32 params.
+        param_dtype: The dtype of scale and bias.
+        use_bias: Whether a trained bias is added.
+        use_scale: Whether the result is multiplied by a trained scale.
+        bias_init: The initializer of the bias.
+        scale_init: The initializer of the scale.
+        axis_name: The name of the axis, or the names of the axes, over whose devices the
+            batch is spread, under `jax.pmap`, `jax.shard_map` or `jax.vmap`.
+        axis_index_groups: Groups of devices that share statistics.
+        use_fast_variance: Accepted and without effect: the variance is always stable.
+        force_float32_reductions: Sums are float32 or wider in any case. False stores the
+            running statistics in `param_dtype`, as Flax does.
+
+    References:
+        Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by
+        Reducing Internal Covariate Shift", 2015.
+
+    Differs from Flax on purpose in this: the variance keeps its digits when the mean is
+    large; a batch that is not finite, empty or fully masked leaves the running
+    statistics as they were; no gradient flows into them; a mask over several devices
+    counts what it selects on all of them, instead of averaging averages; the running
+    statistics of float64 and complex inputs have from the start the dtype that Flax's
+    get with the first update. Where nothing is selected, a feature is normalized with
+    its running statistics.
+    """
+
+    use_running_average: bool | None = None
+    axis: Axes = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | Array | None = None,
+        *,
+        mask: Array | None = None,
+        weights: Array | None = None,
+        update_stats: bool = True,
+    ) -> Array:
+        """Returns the normalized `x`, and updates the running statistics in training.
+
+        While the variables are made, nothing is tracked and no collective runs.
+
+        Args:
+            x: Of any rank; integers are read as float32.
+            use_running_average: As the field of that name.
+            mask: Boolean, broadcastable to x: what the batch statistics are taken over.
+            weights: Non-negative weights instead of a mask, as `jaxbn.BatchNorm.apply`
+                takes them: of x's rank, or (N,) for rows, or (N, H, W) for positions.
+            update_stats: False to leave the running statistics alone, as for the second
+                pass of SAM, one of the branches of a siamese network, or a
+                discriminator that looks at generated images.
+
+        Returns:
+            An array of the shape of x.
+
+        Raises:
+            ValueError: use_running_average is given nowhere or twice; batch_stats are
+                missing, or not mutable in training; mask or weights do not fit x.
+        """
+        training = training_of(self, self.use_running_average, use_running_average)
+        x = as_input(x, self.dtype)
+        if is_folded(self):
+            dtype = result_dtype(self.dtype, x, jnp.zeros((), self.param_dtype))
+            return call_folded(self, x, training, self.axis, dtype)
+        features = feature_sizes(self.axis, x.shape)
+        mean, var = _stats(self, features, x.dtype)
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, features, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, features, self.param_dtype)
+        tracking = tracks(self, training, update_stats)
+        more = gathering(self, ("mean", "var"), update_stats)
+        stats = BatchStats(mean.value, var.value)
+        y, state = call_batch_norm(
+            self,
+            BatchNormParams(scale, bias),
+            gathered_like(stats, [variable.value for variable in more]),
+            x,
+            training,
+            mask=mask,
+            weights=weights,
+            synchronize=not self.is_initializing(),
+        )
+        if tracking or more:
+            for variable, leaf in zip(
+                (mean, var, *more), jax.tree.leaves(state), strict=True
+            ):
+                variable.value = leaf
+        return y
+
+
+def _stats(
+    module: BatchNorm, features: Shape, dtype: DTypeLike
+) -> tuple[nn.Variable, nn.Variable]:
+    """Returns the running mean and variance for inputs of `dtype`."""
+    if module.force_float32_reductions:
+        dtype = stats_dtype(dtype if module.dtype is None else module.dtype)
+    else:
+        dtype = jnp.dtype(module.param_dtype)
+    mean = statistic(module, "mean", lambda: zero_stats(features, dtype).mean)
+    return mean, statistic(module, "var", lambda: zero_stats(features, dtype).var)

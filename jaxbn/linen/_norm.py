@@ -1,0 +1,116 @@
+"""Any normalizer as a linen module."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxbn._fold.affine import settings_of
+from jaxbn._flax.core_call import leaf_names, num_features_of
+from jaxbn._flax.gathered_leaves import gathered_like
+from jaxbn._accumulation.gather import Gather
+from jaxbn.linen._folded import call_folded, is_folded
+from jaxbn.linen._variables import gathering, statistic, tracks, training_of
+from jaxbn._layers.normalizer import Normalizer
+from jaxbn._typing import Array, PyTree
+
+
+class Norm(nn.Module):
+    """Any normalizer as a linen module: renormalization, ghost batches, one of your own.
+
+    The leaves of its params are variables of the collection "params", those of its state
+    of "batch_stats", under the names of their fields.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbn, jaxbn.linen
+        >>> layer = jaxbn.linen.Norm(jaxbn.GhostBatchNorm(jaxbn.BatchNorm(), 2))
+        >>> x = jnp.arange(4.0)[:, None]
+        >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)
+        >>> y, updates = layer.apply(
+        ...     variables, x, use_running_average=False, mutable=["batch_stats"]
+        ... )
+        >>> print(y.round(3).ravel(), sorted(updates["batch_stats"]))
+        [-1.  1. -1.  1.] ['mean', 'var']
+
+    Attributes:
+        normalizer: What normalizes; a value with `init` and `apply`. The feature axes
+            are its `feature_axes`, or those of the layer that it wraps, or else -1.
+        use_running_average: As for `BatchNorm`.
+        init_options: Keywords for `normalizer.init`, such as `scale_init`.
+
+    Differs from `BatchNorm` in the dtype of the result, which is what the normalizer
+    makes it: x's, unless asked otherwise.
+    """
+
+    normalizer: Normalizer
+    use_running_average: bool | None = None
+    init_options: Mapping[str, Any] | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | Array | None = None,
+        *,
+        update_stats: bool = True,
+        **options: Any,
+    ) -> Array:
+        """Returns the normalized `x`, and updates the running statistics in training.
+
+        While the variables are made, x is normalized as in inference.
+
+        Args:
+            x: What the normalizer takes.
+            use_running_average: As for `BatchNorm`.
+            update_stats: As for `BatchNorm`.
+            **options: Keywords of `normalizer.apply`, such as `weights`.
+
+        Returns:
+            An array of the shape of x.
+
+        Raises:
+            ValueError: As `BatchNorm` does.
+        """
+        training = training_of(self, self.use_running_average, use_running_average)
+
+        if is_folded(self):
+            bn = settings_of(self.normalizer)
+            if options.get("residual") is not None:
+                raise ValueError(
+                    f"the layer at /{'/'.join(self.path)} is folded, but adds a residual. "
+                    "Add it behind the layer."
+                )
+            return call_folded(self, x, training, bn.feature_axes, bn.dtype or x.dtype)
+
+        def make() -> tuple[PyTree, PyTree]:
+            num_features = num_features_of(self.normalizer, jnp.shape(x))
+            return self.normalizer.init(num_features, **(self.init_options or {}))
+
+        kinds = jax.eval_shape(make)
+        names = leaf_names(*kinds)
+        stats = [
+            statistic(self, name, lambda i=i: jax.tree.leaves(make()[1])[i])
+            for i, name in enumerate(names[1])
+        ]
+        params = [
+            self.param(name, lambda _, i=i: jax.tree.leaves(make()[0])[i])
+            for i, name in enumerate(names[0])
+        ]
+        tracking = tracks(self, training, update_stats)
+        more = gathering(self, names[1], update_stats)
+        normalizer: Any = self.normalizer
+        normalizer = Gather(normalizer) if more else normalizer
+        state = jax.tree.unflatten(jax.tree.structure(kinds[1]), [s.value for s in stats])
+        y, state = normalizer.apply(
+            jax.tree.unflatten(jax.tree.structure(kinds[0]), params),
+            gathered_like(state, [variable.value for variable in more]),
+            x,
+            False if self.is_initializing() else training,
+            **options,
+        )
+        if tracking or more:
+            for variable, leaf in zip([*stats, *more], jax.tree.leaves(state), strict=True):
+                variable.value = leaf
+        return y

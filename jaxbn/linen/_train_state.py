@@ -1,0 +1,168 @@
+"""Training state for linen that cannot lose the statistics of its layers."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import optax
+from flax import core, serialization
+from flax.training import train_state
+
+from jaxbn._flax.restore import fill
+from jaxbn._typing import PyTree
+
+T = TypeVar("T")
+
+
+class TrainState(train_state.TrainState):
+    """Flax's TrainState with `batch_stats`, which every step must hand over.
+
+    `apply` returns the statistics after the batch along with the output, and
+    `apply_gradients` asks for them: to drop them is an error that Python and type
+    checkers tell, never a model that evaluates with the statistics of its first day.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn.linen, optax
+        >>> model = nn.Sequential([nn.Dense(3), jaxbn.linen.BatchNorm(False)])
+        >>> x = jnp.ones((8, 2))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> state = jaxbn.linen.TrainState.create(
+        ...     apply_fn=model.apply, tx=optax.sgd(0.1), **variables
+        ... )
+        >>> @jax.jit
+        ... def train_step(state, x):
+        ...     def loss_fn(params):
+        ...         y, batch_stats = state.apply(params, x)
+        ...         return jnp.square(y - 1).mean(), batch_stats
+        ...     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        ...     (loss, batch_stats), grads = grad_fn(state.params)
+        ...     return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
+        ...
+        >>> state, loss = train_step(state, x)
+        >>> int(state.step), float(loss)
+        (1, 1.0)
+
+    Attributes:
+        batch_stats: The collection of that name: the running statistics of all layers.
+        step: As in Flax's TrainState, like the fields below.
+        apply_fn: Usually `model.apply`.
+        params: What is trained.
+        tx: The Optax optimizer.
+        opt_state: Its state.
+
+    Differs from Flax's TrainState, whose `apply_gradients` keeps the old statistics
+    when they are not mentioned.
+    """
+
+    batch_stats: PyTree
+
+    @classmethod
+    def create(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        *,
+        apply_fn: Callable[..., Any],
+        params: PyTree,
+        tx: optax.GradientTransformation,
+        batch_stats: PyTree,
+        **fields: Any,
+    ) -> "TrainState":
+        """Returns the state before training.
+
+        Args:
+            apply_fn: Usually `model.apply`.
+            params: The collection of that name that `model.init` returned.
+            tx: An Optax optimizer.
+            batch_stats: Likewise the collection of that name.
+            **fields: The further fields of a subclass.
+
+        Returns:
+            A `TrainState` at step 0.
+
+        Raises:
+            TypeError: batch_stats is missing.
+        """
+        return super().create(
+            apply_fn=apply_fn, params=params, tx=tx, batch_stats=batch_stats, **fields
+        )
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """Returns what evaluates: `state.apply_fn(state.variables, x)`."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def apply(self, params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        """Returns the output of the model in training, and the statistics after it.
+
+        Args:
+            params: The params to differentiate with respect to.
+            *args: The inputs of the model.
+            **kwargs: Its keywords, and those of `apply_fn`, such as `rngs`.
+
+        Returns:
+            `(output, batch_stats)`.
+        """
+        variables = {"params": params, "batch_stats": self.batch_stats}
+        output, updated = self.apply_fn(variables, *args, mutable=["batch_stats"], **kwargs)
+        return output, updated.get("batch_stats", self.batch_stats)
+
+    def apply_gradients(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *, grads: PyTree, batch_stats: PyTree, **fields: Any
+    ) -> "TrainState":
+        """Returns the state after a step of the optimizer.
+
+        Args:
+            grads: The gradients, of the structure of `params`.
+            batch_stats: The statistics that `apply` returned in this step.
+            **fields: Further fields to replace.
+
+        Returns:
+            A `TrainState`, one step on.
+
+        Raises:
+            TypeError: batch_stats is missing.
+            ValueError: batch_stats is not like the collection of this state.
+        """
+        old, new = (
+            jax.tree_util.tree_map(jax.numpy.shape, core.unfreeze(tree))
+            for tree in (self.batch_stats, batch_stats)
+        )
+        if old != new:
+            raise ValueError(
+                f"batch_stats has the leaves {new} but the state has {old}. Pass what "
+                "state.apply(params, ...) returned second, or updates['batch_stats']."
+            )
+        return super().apply_gradients(grads=grads, batch_stats=batch_stats, **fields)
+
+
+def restore(target: T, saved: PyTree) -> T:
+    """Returns `target` with the arrays of `saved`, which a checkpoint gave back.
+
+    Reading and writing is Orbax's; this makes sure that what was read is a checkpoint of
+    this model before anything is used.
+
+    Args:
+        target: What was saved, in memory: variables, a `TrainState`, any pytree that
+            `flax.serialization` knows.
+        saved: The tree that was saved, or its `flax.serialization.to_state_dict`.
+
+    Returns:
+        A tree of the structure and the dtypes of `target`, which is left as it was.
+
+    Raises:
+        ValueError: A leaf is missing, is one too many, or has another shape; the message
+            names it, and both shapes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbn.linen
+        >>> layer = jaxbn.linen.BatchNorm(use_running_average=True)
+        >>> mine = layer.init(jax.random.key(0), jnp.ones((1, 2)))
+        >>> other = layer.init(jax.random.key(0), jnp.ones((1, 3)))
+        >>> jaxbn.linen.restore(mine, other)
+        Traceback (most recent call last):
+        ...
+        ValueError: the checkpoint is of another model: batch_stats/mean has shape (3,) in
+        the checkpoint and (2,) in the model; ...
+    """
+    filled = fill(serialization.to_state_dict(target), serialization.to_state_dict(saved))
+    restored: Any = serialization.from_state_dict(target, filled)
+    return restored

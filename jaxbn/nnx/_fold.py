@@ -1,0 +1,155 @@
+"""Folding in NNX models: norms leave the model, and their neighbours take their arrays."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxbn._fold.affine import Affine, affine_of, settings_of, shifted
+from jaxbn._flax.core_call import result_dtype, stats_dtype
+from jaxbn._fold.kernels import fold as fold_arrays
+from jaxbn._fold.kernels import fold_into_next
+from jaxbn._fold.pairs import Path, find_layers
+from jaxbn._fold.tree import all_pairs, checked_pairs
+from jaxbn.nnx._norm import Norm, assign
+from jaxbn._typing import Array, DTypeLike
+
+M = TypeVar("M", bound=nnx.Module)
+_LINEAR = nnx.Linear, nnx.Conv, nnx.ConvTranspose
+
+
+class Folded(nnx.Module):
+    """Where a norm was before `fold`: hands its input on, in the dtype of the norm."""
+
+    def __init__(self, dtype: DTypeLike | None, *others: DTypeLike):
+        self.dtype = dtype
+        self.others = others
+
+    def __call__(self, x: Array, use_running_average: Any = None, **options: Any) -> Array:
+        """Returns `x`. Takes what a norm takes, as far as inference goes."""
+        if use_running_average is False or options.get("residual") is not None:
+            raise ValueError(
+                "the norm here is folded into its neighbour: it neither trains nor adds a "
+                "residual. Train the model from before fold; add the residual behind it."
+            )
+        others = (jnp.zeros((), dtype) for dtype in self.others)
+        return shifted(x, None, -1, result_dtype(self.dtype, x, *others))
+
+
+def fold(model: M, *, pairs: Sequence[Sequence[str]] | None = None) -> M:
+    """Returns a copy of a model for inference, with its norms folded into their neighbours.
+
+    A norm is replaced by a module that hands its input on, and a `Linear`, `Conv` or
+    `ConvTranspose` without a bias gets one. The norms may be those of jaxbn or Flax.
+
+    Args:
+        model: The trained model; it stays as it is.
+        pairs: Pairs of paths with slashes, in the order of application: (linear, norm), or
+            (norm, linear). None for `jaxbn.find_pairs`, which must then know all norms.
+
+    Returns:
+        The folded model. `jaxbn.check_fold` proves it.
+
+    Raises:
+        ValueError: As `jaxbn.fold_tree` does, or the features of a norm do not lie on the
+            last axis. The message names the layers.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbn.nnx
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(2, 3, use_bias=False, rngs=rngs),
+        ...                        jaxbn.nnx.BatchNorm(3, rngs=rngs))
+        >>> model.eval()
+        >>> folded = jaxbn.nnx.fold(model)
+        >>> jaxbn.check_fold(model, folded, jnp.ones((4, 2))) < 1e-6
+        True
+        >>> folded.layers[0].bias.shape
+        (3,)
+    """
+    copy = nnx.clone(model)
+    variables = nnx.to_pure_dict(nnx.state(copy))
+    layers = find_layers(variables)
+    given = all_pairs(variables, layers) if pairs is None else pairs
+    for first, second in checked_pairs(layers, given):
+        after = first in layers.linears
+        linear, norm = (first, second) if after else (second, first)
+        try:
+            _fold_pair(copy, layers.linears[linear], layers.norms[norm], after)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"cannot fold {norm} and {linear}: {error}") from error
+    return copy
+
+
+def _fold_pair(model: nnx.Module, at_linear: Path, at_norm: Path, after: bool) -> None:
+    layer, norm = _at(model, at_linear), _at(model, at_norm)
+    if not isinstance(layer, _LINEAR):
+        raise ValueError(
+            f"the layer is a {type(layer).__name__}. Only Linear, Conv and ConvTranspose "
+            "are known; use jaxbn.fold on its arrays."
+        )
+    kernel = layer.kernel[...]
+    affine, folded = _affine(norm, kernel.ndim)
+    options: dict[str, Any] = {}
+    if getattr(layer, "transpose_kernel", False):
+        options |= {"in_axis": -1, "out_axis": -2}
+    bias = None if layer.bias is None else layer.bias[...]
+    if after:
+        new = fold_arrays(kernel, bias, affine, **options)
+    else:
+        mask = getattr(layer, "mask", None)
+        if mask is not None:
+            kernel = kernel * jnp.asarray(mask, kernel.dtype)
+        new = fold_into_next(
+            kernel,
+            bias,
+            affine,
+            padding=getattr(layer, "padding", None),
+            transposed=isinstance(layer, nnx.ConvTranspose),
+            groups=getattr(layer, "feature_group_count", 1),
+            **options,
+        )
+    assign(layer.kernel, new[0])
+    if layer.bias is None:
+        layer.bias = nnx.Param(new[1])
+        layer.use_bias = True
+    else:
+        assign(layer.bias, new[1].astype(layer.bias[...].dtype))
+    _put(model, at_norm, folded)
+
+
+def _affine(norm: Any, rank: int) -> tuple[Affine, Folded]:
+    """Returns what a norm is in inference, and what takes its place."""
+    if isinstance(norm, Norm):
+        bn = settings_of(norm.normalizer)
+        axes, epsilon, folded = bn.feature_axes, bn.epsilon, Folded(bn.dtype)
+    else:
+        axes, epsilon = norm.axis, norm.epsilon
+        folded = Folded(norm.dtype, stats_dtype(norm.param_dtype))
+    axes = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
+    if axes not in ((-1,), (rank - 1,)):
+        raise ValueError(
+            f"the norm has axis={axes}, and the features of the layer lie on the last. "
+            "Use jaxbn.fold on their arrays."
+        )
+    arrays = (getattr(norm, name, None) for name in ("mean", "var", "scale", "bias"))
+    values: Any = (None if a is None else a[...] for a in arrays)
+    mean, var, scale, bias = values
+    return affine_of(mean, var, scale, bias, epsilon=epsilon), folded
+
+
+def _at(model: Any, path: Path) -> Any:
+    for key in path:
+        model = getattr(model, key) if isinstance(key, str) else model[key]
+    return model
+
+
+def _put(model: Any, path: Path, module: nnx.Module) -> None:
+    if not path:
+        raise ValueError("the model is the norm alone. Use jaxbn.fold on its arrays.")
+    parent = _at(model, path[:-1])
+    if isinstance(path[-1], str):
+        setattr(parent, path[-1], module)
+    else:
+        parent[path[-1]] = module
