@@ -51,6 +51,8 @@ from jaxbn._replicas import replica_differences as replica_differences
 from jaxbn._replicas import sync_state as sync_state
 from jaxbn._state import BatchNormParams as BatchNormParams
 from jaxbn._state import BatchStats as BatchStats
+from jaxbn._state import RunningStats as RunningStats
+from jaxbn._state import register_stats as register_stats
 from jaxbn._statistics.moments import Moments as Moments
 from jaxbn._statistics.moments import merge_moments as merge_moments
 from jaxbn._statistics.moments import moments as moments

@@ -1,23 +1,26 @@
 """Replicas that agree: statistics that each device tracked alone, pooled and compared."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._state import RunningStats, is_stats
 from jaxbn._statistics.moments import Moments
-from jaxbn._layers.batch_renorm import RenormStats
-from jaxbn._state import BatchStats
 from jaxbn._statistics.sync import sync_moments
 from jaxbn._typing import Array, AxisGroups, AxisName, PyTree, is_traced
 
+State = TypeVar("State", bound=RunningStats)
+
 
 def sync_state(
-    state: BatchStats | RenormStats,
+    state: State,
     axis_name: AxisName,
     *,
     weight: float | Array = 1.0,
     axis_index_groups: AxisGroups | None = None,
-) -> BatchStats | RenormStats:
+) -> State:
     r"""Returns the state of all replicas pooled into one, the same on every device.
 
     .. math::
@@ -53,10 +56,11 @@ def sync_state(
     Differs from averaging the states with `pmean`, which leaves out how far the means of
     the replicas lie apart.
     """
-    if not isinstance(state, (BatchStats, RenormStats)):
+    if not is_stats(state):
         raise TypeError(
             f"sync_state pools a BatchStats or a RenormStats, got {type(state).__name__}. "
-            "Map it over the layers of a model: jax.tree.map(..., is_leaf=...)."
+            "Map it over the layers of a model: jax.tree.map(..., is_leaf=...). Statistics "
+            "of your own are made known by jaxbn.register_stats."
         )
     count = _as_count(weight, state.var)
 
@@ -67,16 +71,7 @@ def sync_state(
         some = pooled.count > 0
         return jnp.where(some, pooled.mean, mean), jnp.where(some, pooled.var, var)
 
-    mean, var = pool(state.mean, state.var)
-    if isinstance(state, BatchStats):
-        shared = state.weight
-        if shared is not None:
-            shared, _ = pool(shared, jnp.zeros_like(shared))
-        return BatchStats(mean, var, shared)
-    # The squares of the tracked deviations are variances plus epsilon, and pool alike.
-    _, square = pool(state.mean, jnp.square(state.std))
-    renorm_mean, renorm_square = pool(state.renorm_mean, jnp.square(state.renorm_std))
-    return RenormStats(mean, var, jnp.sqrt(square), renorm_mean, jnp.sqrt(renorm_square))
+    return state.pooled(pool)
 
 
 def _as_count(weight: float | Array, like: Array) -> Array:

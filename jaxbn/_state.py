@@ -1,10 +1,11 @@
-"""What is trained (`BatchNormParams`) and what is tracked (`BatchStats`)."""
+"""What is trained (`BatchNormParams`), what is tracked (`BatchStats`), and kinds of both."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 
-from jaxbn._typing import Array, DTypeLike, Initializer, Key, Shape
+from jaxbn._typing import Array, DTypeLike, Initializer, Key, Pair, Shape
 
 
 class BatchNormParams(NamedTuple):
@@ -25,6 +26,105 @@ class BatchNormParams(NamedTuple):
     bias: Array | None
 
 
+@runtime_checkable
+class RunningStats(Protocol):
+    """What the running statistics of a normalizer answer, whatever else they hold.
+
+    `gather`, `reestimate`, `sync_state` and the Flax modules work on states alone, without
+    the normalizer that they belong to. A NamedTuple of arrays with these two methods, made
+    known by `register_stats`, is a full citizen there.
+    """
+
+    @property
+    def mean(self) -> Array:
+        """Running mean, of the shape of the features."""
+        ...
+
+    @property
+    def var(self) -> Array:
+        """Running variance, likewise, real."""
+        ...
+
+    def renewed(self, mean: Array, var: Array) -> Self:
+        """Returns the state of a layer that has seen a data set of these moments."""
+        ...
+
+    def pooled(self, pool: Callable[[Array, Array], Pair]) -> Self:
+        """Returns the state of replicas pooled into one.
+
+        `pool(mean, var)` returns the mean and the variance of what all replicas saw.
+        """
+        ...
+
+
+Stats = TypeVar("Stats", bound=type)
+_kinds: list[Any] = []
+
+
+def register_stats(kind: Stats) -> Stats:
+    """Makes a NamedTuple of running statistics known to what works on states alone.
+
+    Args:
+        kind: A NamedTuple of arrays with fields `mean` and `var` and the methods of
+            `RunningStats`. Flax modules recognise it by the names of its fields.
+
+    Returns:
+        `kind`, so that this is a decorator.
+
+    Raises:
+        TypeError: It is no NamedTuple, or lacks a field or a method.
+
+    Example:
+        >>> from typing import NamedTuple
+        >>> import jax, jaxbn
+        >>> @jaxbn.register_stats
+        ... class PowerStats(NamedTuple):
+        ...     mean: jax.Array
+        ...     var: jax.Array
+        ...     power: jax.Array
+        ...
+        ...     def renewed(self, mean, var):
+        ...         return PowerStats(mean, var, mean**2 + var)
+        ...
+        ...     def pooled(self, pool):
+        ...         return self.renewed(*pool(self.mean, self.var))
+    """
+    wanted = {
+        "mean": "mean: jax.Array",
+        "var": "var: jax.Array",
+        "renewed": "def renewed(self, mean: Array, var: Array) -> Self",
+        "pooled": "def pooled(self, pool: Callable[[Array, Array], Pair]) -> Self",
+    }
+    fields = getattr(kind, "_fields", None)
+    for name, line in wanted.items():
+        if fields is None or not hasattr(kind, name):
+            raise TypeError(
+                f"running statistics must be a NamedTuple with {', '.join(wanted)}, but "
+                f"{kind!r} lacks {name}. Write: {line}"
+            )
+    # Most fields first, so that a kind is never mistaken for one that holds a part of it.
+    _kinds.append(kind)
+    _kinds.sort(key=lambda known: -len(known._fields))
+    return kind
+
+
+def is_stats(value: object) -> bool:
+    """Tells whether a node of a pytree holds running statistics of a registered kind."""
+    return isinstance(value, tuple(_kinds))
+
+
+def stats_of(leaves: Mapping[str, Any]) -> Any | None:
+    """Returns the running statistics whose fields `leaves` holds, or None.
+
+    A field with a default may be missing, as the weight of `BatchStats`.
+    """
+    for kind in _kinds:
+        if set(kind._fields) - set(kind._field_defaults) <= set(leaves):
+            return kind(**{name: leaves[name] for name in kind._fields if name in leaves})
+    return None
+
+
+@register_stats
 class BatchStats(NamedTuple):
     """The running statistics, each of the shape of the features.
 
@@ -49,6 +149,19 @@ class BatchStats(NamedTuple):
     mean: Array
     var: Array
     weight: Array | None = None
+
+    def renewed(self, mean: Array, var: Array) -> "BatchStats":
+        """Returns the state after a data set of these moments."""
+        weight = self.weight
+        # As a debiased average that has forgotten its start, or as a mean of as many.
+        return BatchStats(mean, var, None if weight is None else jnp.maximum(weight, 1))
+
+    def pooled(self, pool: Callable[[Array, Array], Pair]) -> "BatchStats":
+        """Returns the state of replicas pooled into one; `pool` pools moments."""
+        weight = self.weight
+        if weight is not None:
+            weight, _ = pool(weight, jnp.zeros_like(weight))
+        return BatchStats(*pool(self.mean, self.var), weight)
 
 
 def draw(

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._accumulation.state import Gathered
 from jaxbn._layers.apply import apply_layer
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._accumulation.state import Gathered
+from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
-from jaxbn._statistics.moments import Moments, merge_moments, moments
 from jaxbn._layers.normalizer import split_mode
 from jaxbn._sharding import reshard_like
-from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._state import BatchNormParams
+from jaxbn._statistics.moments import Moments, merge_moments, moments
 from jaxbn._statistics.sync import sync_moments
 from jaxbn._typing import Array
 

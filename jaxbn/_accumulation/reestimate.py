@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._accumulation.state import Gathered, gather, is_state
-from jaxbn._statistics.moments import Moments
 from jaxbn._accumulation.pool import Pool
-from jaxbn._layers.batch_renorm import RenormStats
+from jaxbn._accumulation.state import Gathered, gather, is_state
+from jaxbn._state import BatchStats, RunningStats
+from jaxbn._statistics.moments import Moments
 from jaxbn._statistics.running import check_ddof, update_running
-from jaxbn._state import BatchStats
 from jaxbn._typing import PyTree
 
 
@@ -138,20 +137,13 @@ def _moments_of(states: PyTree) -> dict[str, Moments]:
     return {name: state.batch for name, state in norms.items()}
 
 
-def _renewed(state: Any, pooled: Moments, ddof: int) -> BatchStats | RenormStats:
+def _renewed(state: Any, pooled: Moments, ddof: int) -> RunningStats:
     """Returns `state` with the statistics of `pooled`, in its own dtypes."""
     batch = Moments(*map(jnp.asarray, pooled))
     # From 0, since old + (new - old) is not quite new.
     empty = BatchStats(jnp.zeros_like(state.mean), jnp.zeros_like(state.var))
     mean, var, _ = update_running(empty, batch, momentum=0.0, ddof=ddof)
-    if isinstance(state, BatchStats):
-        weight = state.weight
-        # As a debiased average that has forgotten its start, or as a mean of as many.
-        return BatchStats(mean, var, None if weight is None else jnp.maximum(weight, 1))
-    # The square of a tracked deviation is a variance and the layer's epsilon.
-    epsilon = jnp.maximum(jnp.square(state.std) - state.var, 0)
-    std = jnp.sqrt(var + epsilon)
-    return RenormStats(mean, var, std, jnp.copy(mean), jnp.copy(std))
+    return state.renewed(mean, var)
 
 
 def with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:

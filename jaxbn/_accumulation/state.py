@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbn._state import is_stats
 from jaxbn._statistics.moments import Moments
-from jaxbn._layers.batch_renorm import RenormStats
-from jaxbn._state import BatchStats
 from jaxbn._typing import PyTree
 
 
@@ -114,4 +113,4 @@ def track_gathered(states: PyTree) -> PyTree:
 
 def is_state(value: object) -> bool:
     """Tells whether a node of a pytree is the state of a norm, gathering or not."""
-    return isinstance(value, (BatchStats, RenormStats, Gathered))
+    return isinstance(value, Gathered) or is_stats(value)

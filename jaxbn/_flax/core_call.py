@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
-from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._dtypes import at_least_float32, widest
 from jaxbn._accumulation.gather import Gather
 from jaxbn._accumulation.state import Gathered
+from jaxbn._dtypes import at_least_float32, widest
+from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 
 from jaxbn._accumulation.state import Gathered
+from jaxbn._state import stats_of
 from jaxbn._statistics.moments import Moments
-from jaxbn._layers.batch_renorm import RenormStats
-from jaxbn._state import BatchStats
 from jaxbn._typing import PyTree
 
 _POOLED = [f"gathered_{field}" for field in Moments._fields]
@@ -34,14 +33,11 @@ def gathered_like(state: PyTree, more: Sequence[Any]) -> PyTree:
 
 def as_state(node: Mapping[str, Any]) -> Any | None:
     """Returns the state of the layer with the leaves of `node`; None if it is no norm's."""
-    for kind in (RenormStats, BatchStats):
-        names = [name for name in kind._fields if name in node]
-        if set(names) >= set(kind._fields) - {"weight"}:
-            state = kind(**{name: node[name] for name in names})
-            if not is_gathering(node.__contains__):
-                return state
-            return gathered_like(state, [node[name] for name in more_names(names)])
-    return None
+    state = stats_of(node)
+    if state is None or not is_gathering(node.__contains__):
+        return state
+    names = [name for name, leaf in state._asdict().items() if leaf is not None]
+    return gathered_like(state, [node[name] for name in more_names(names)])
 
 
 def as_node(state: Any) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._axes import as_axes, expand, reduction_axes
-from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._dtypes import widest
 from jaxbn._accumulation.gather import Gather
-from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
+from jaxbn._axes import as_axes, expand, reduction_axes
+from jaxbn._dtypes import widest
 from jaxbn._kernels.normalize import normalize
-from jaxbn._layers.normalizer import Normalizer
+from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.batch_renorm import BatchRenorm
+from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
+from jaxbn._layers.normalizer import Normalizer
 from jaxbn._typing import Array, Axes, DTypeLike, is_traced
 
 _DEFAULT = BatchNorm()

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn._fold.affine import Affine
 from jaxbn._dtypes import widest
+from jaxbn._fold.affine import Affine
 from jaxbn._fold.kernel_layout import KernelLayout
 from jaxbn._typing import Array, Pair, is_traced
 

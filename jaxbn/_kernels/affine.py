@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxbn._dtypes import real_part, widest
 from jaxbn._kernels.affine_tangent import (
     before_activation,
     tangent_after,
@@ -15,7 +16,6 @@ from jaxbn._kernels.affine_tangent import (
     tangent_through_relu,
     tiling_of,
 )
-from jaxbn._dtypes import real_part, widest
 from jaxbn._kernels.barriers import Input, isolated
 from jaxbn._sharding import vary_over, varying_axes
 from jaxbn._typing import Activation, Array, DTypeLike

@@ -11,10 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._kernels.barriers import each_hidden, hidden, is_isolable, isolated, on_cpu_or_not
-from jaxbn._sharding import broadcast_like
-from jaxbn._kernels.tiles import sums, tiling
+from jaxbn._kernels.barriers import (
+    each_hidden,
+    hidden,
+    is_isolable,
+    isolated,
+    on_cpu_or_not,
+)
 from jaxbn._kernels.linear_transpose import add_linear
+from jaxbn._kernels.tiles import sums, tiling
+from jaxbn._sharding import broadcast_like
 
 
 def before_activation(x, vectors, residual=None):

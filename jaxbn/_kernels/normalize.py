@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 
-from jaxbn._kernels.affine import affine_map
 from jaxbn._axes import as_axes, expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_dtype, as_float
+from jaxbn._kernels.affine import affine_map
 from jaxbn._kernels.barriers import as_input
 from jaxbn._typing import Array, Axes, DTypeLike
 

@@ -11,11 +11,18 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxbn._axes import expand
-from jaxbn._kernels.compensated import settled, two_sum
 from jaxbn._dtypes import real_part, upcast
-from jaxbn._kernels.barriers import Input, hidden, is_isolable, is_small, on_cpu_or_not, same
-from jaxbn._sharding import unsplit_axes
+from jaxbn._kernels.barriers import (
+    Input,
+    hidden,
+    is_isolable,
+    is_small,
+    on_cpu_or_not,
+    same,
+)
+from jaxbn._kernels.compensated import settled, two_sum
 from jaxbn._kernels.tiles import Tiling, sums, tiling
+from jaxbn._sharding import unsplit_axes
 from jaxbn._typing import Array, Pair
 
 Triple = tuple[Array, Array, Array]

@@ -8,19 +8,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._kernels.affine import affine_map
 from jaxbn._axes import expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_float, widest
-from jaxbn._layers.ghost_batches import Groups
+from jaxbn._kernels.affine import affine_map
 from jaxbn._kernels.barriers import as_input
-from jaxbn._statistics.moments import exact_moments
-from jaxbn._layers.normalizer import check_adjustment, check_fields, check_residual, split_mode
+from jaxbn._layers.ghost_batches import Groups
+from jaxbn._layers.loop_shape import view_of
+from jaxbn._layers.normalizer import (
+    check_adjustment,
+    check_fields,
+    check_residual,
+    split_mode,
+)
 from jaxbn._sharding import reshard_like, vary_alike
 from jaxbn._state import BatchNormParams
+from jaxbn._statistics.moments import exact_moments
 from jaxbn._statistics.sync import check_axis, sync_exact
-from jaxbn._typing import Array, Pair
-from jaxbn._layers.loop_shape import view_of
 from jaxbn._statistics.weights import hide_unweighted, prepare_weights
+from jaxbn._typing import Array, Pair
 
 
 class Statistics(NamedTuple):

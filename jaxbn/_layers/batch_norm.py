@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from jaxbn._layers.apply import apply_layer
 from jaxbn._axes import as_axes, feature_sizes
-from jaxbn._statistics.named_axes import as_groups
 from jaxbn._dtypes import as_dtype, at_least_float32, real_part
-from jaxbn._statistics.moments import Moments
 from jaxbn._kernels.normalize import check_epsilon
-from jaxbn._statistics.running import check_ddof, check_momentum, check_real, tracked
+from jaxbn._layers.apply import apply_layer
 from jaxbn._state import BatchNormParams, BatchStats, draw
+from jaxbn._statistics.moments import Moments
+from jaxbn._statistics.named_axes import as_groups
+from jaxbn._statistics.running import check_ddof, check_momentum, check_real, tracked
 from jaxbn._typing import (
     Array,
     Axes,

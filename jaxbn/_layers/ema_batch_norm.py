@@ -9,10 +9,10 @@ from jax import lax
 
 from jaxbn._layers.apply import apply_layer
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._statistics.moments import Moments
 from jaxbn._sharding import reshard_like
-from jaxbn._statistics.running import check_momentum, check_real, tracked
 from jaxbn._state import BatchNormParams, BatchStats
+from jaxbn._statistics.moments import Moments
+from jaxbn._statistics.running import check_momentum, check_real, tracked
 from jaxbn._typing import Array, Pair
 
 _DEFAULT = BatchNorm()

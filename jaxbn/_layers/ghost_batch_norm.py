@@ -7,8 +7,8 @@ import jax
 
 from jaxbn._layers.apply import apply_layer
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.ghost_batches import Groups
 from jaxbn._layers.batch_renorm import BatchRenorm
+from jaxbn._layers.ghost_batches import Groups
 from jaxbn._state import BatchNormParams
 from jaxbn._typing import Array
 

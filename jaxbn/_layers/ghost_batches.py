@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbn._statistics.moments import Moments, pool_moments
 from jaxbn._sharding import split_axis
+from jaxbn._statistics.moments import Moments, pool_moments
 from jaxbn._typing import Array, Shape
 
 

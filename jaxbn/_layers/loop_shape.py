@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxbn._axes import expand, reduction_axes
-from jaxbn._layers.ghost_batches import Groups
 from jaxbn._kernels.barriers import is_small, isolated
+from jaxbn._layers.ghost_batches import Groups
 from jaxbn._sharding import explicit_axes, join_axes
 from jaxbn._typing import Array, Axes, Shape
 

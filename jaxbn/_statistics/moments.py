@@ -10,9 +10,9 @@ from jax import lax
 from jaxbn._axes import as_axes, reduction_axes
 from jaxbn._dtypes import as_float
 from jaxbn._kernels.barriers import Input, as_input
-from jaxbn._typing import Array, Axes
 from jaxbn._kernels.reduction import count_elements, divisor, mean_and_var
 from jaxbn._statistics.weights import hide_unweighted, prepare_weights
+from jaxbn._typing import Array, Axes
 
 
 class Moments(NamedTuple):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._statistics.moments import Moments
 from jaxbn._sharding import reshard_like
 from jaxbn._state import BatchStats
+from jaxbn._statistics.moments import Moments
 from jaxbn._typing import Array, is_traced
 
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxbn._statistics.named_axes import as_groups
 from jaxbn._kernels.compensated import halves, settled, two_product, two_sum
-from jaxbn._statistics.moments import Moments
-from jaxbn._sharding import varying_axes
-from jaxbn._typing import Array, AxisGroups, AxisName
 from jaxbn._kernels.reduction import divisor
+from jaxbn._sharding import varying_axes
+from jaxbn._statistics.moments import Moments
+from jaxbn._statistics.named_axes import as_groups
+from jaxbn._typing import Array, AxisGroups, AxisName
 
 
 def sync_moments(

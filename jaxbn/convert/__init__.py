@@ -14,8 +14,8 @@ Example:
     >>> y, state = layer.bn.apply(layer.params, layer.state, x, training=True)
 """
 
-from jaxbn.convert._converted import Converted as Converted
 from jaxbn._layers.ema_batch_norm import EmaBatchNorm as EmaBatchNorm
+from jaxbn.convert._converted import Converted as Converted
 from jaxbn.convert._equinox import find_equinox as find_equinox
 from jaxbn.convert._equinox import from_equinox as from_equinox
 from jaxbn.convert._equinox import to_equinox as to_equinox
@@ -25,7 +25,6 @@ from jaxbn.convert._files import save as save
 from jaxbn.convert._flax import find_flax as find_flax
 from jaxbn.convert._flax import from_flax as from_flax
 from jaxbn.convert._flax import to_flax as to_flax
-from jaxbn.convert._whole_model import Found as Found
 from jaxbn.convert._haiku import find_haiku as find_haiku
 from jaxbn.convert._haiku import from_haiku as from_haiku
 from jaxbn.convert._haiku import to_haiku as to_haiku
@@ -38,3 +37,4 @@ from jaxbn.convert._tf1 import to_tf1 as to_tf1
 from jaxbn.convert._torch import find_torch as find_torch
 from jaxbn.convert._torch import from_torch as from_torch
 from jaxbn.convert._torch import to_torch as to_torch
+from jaxbn.convert._whole_model import Found as Found

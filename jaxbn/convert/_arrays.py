@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._dtypes import at_least_float32, widest
-from jaxbn._layers.normalizer import Normalizer
+from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.batch_renorm import RenormStats
+from jaxbn._layers.normalizer import Normalizer
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes
 from jaxbn.convert._array_names import Part

@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from jaxbn._layers.normalizer import Normalizer
 from jaxbn._layers.batch_renorm import RenormStats
+from jaxbn._layers.normalizer import Normalizer
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn.convert._array_names import Dialect, Part, flatten
 from jaxbn.convert._arrays import Values

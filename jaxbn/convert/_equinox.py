@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from jaxbn.convert._converted import Converted, read_one, write_one
 from jaxbn.convert._array_names import Dialect
+from jaxbn.convert._converted import Converted, read_one, write_one
 from jaxbn.convert._equinox_arrays import Variance, read_arrays, write_arrays
 from jaxbn.convert._whole_model import Found, find
 

@@ -5,13 +5,11 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._dtypes import at_least_float32
-from jaxbn._state import BatchNormParams, BatchStats
-from jaxbn.convert._converted import Converted
-from jaxbn.convert._debias import share, steps_of
-from jaxbn.convert._array_names import Part
+from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.ema_batch_norm import EmaBatchNorm
+from jaxbn._state import BatchNormParams, BatchStats
+from jaxbn.convert._array_names import Part
 from jaxbn.convert._arrays import (
     Values,
     checked,
@@ -20,6 +18,8 @@ from jaxbn.convert._arrays import (
     to_params,
     to_stats,
 )
+from jaxbn.convert._converted import Converted
+from jaxbn.convert._debias import share, steps_of
 
 Variance: TypeAlias = Literal["used", "intended"]
 

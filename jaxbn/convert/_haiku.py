@@ -9,10 +9,7 @@ import numpy as np
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._state import BatchStats
 from jaxbn._typing import Axes
-from jaxbn.convert._converted import Converted, read_one, write_one
-from jaxbn.convert._debias import share, steps_of
 from jaxbn.convert._array_names import Dialect, Part
-from jaxbn.convert._whole_model import Found, find
 from jaxbn.convert._arrays import (
     Values,
     checked,
@@ -22,6 +19,9 @@ from jaxbn.convert._arrays import (
     to_params,
     to_stats,
 )
+from jaxbn.convert._converted import Converted, read_one, write_one
+from jaxbn.convert._debias import share, steps_of
+from jaxbn.convert._whole_model import Found, find
 
 _AVERAGES = {
     f"{role}{kind}": (f"state/*/~/{of}_ema/{name}",)

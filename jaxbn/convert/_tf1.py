@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn.convert._converted import Converted, read_one, write_one
 from jaxbn.convert._array_names import Dialect
-from jaxbn.convert._whole_model import Found, find
+from jaxbn.convert._converted import Converted, read_one, write_one
 from jaxbn.convert._tf_variables import NAMES, read_variables, write_variables
+from jaxbn.convert._whole_model import Found, find
 
 _SHADOW = "/ExponentialMovingAverage"
 _SPELLINGS: dict[str, tuple[str, ...]] = {

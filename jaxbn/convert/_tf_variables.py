@@ -10,8 +10,6 @@ from jaxbn._layers.batch_renorm import BatchRenorm, RenormStats
 from jaxbn._layers.renorm_limits import RenormLimits
 from jaxbn._state import BatchStats
 from jaxbn._typing import Axes, DTypeLike
-from jaxbn.convert._converted import Converted
-from jaxbn.convert._debias import steps_of
 from jaxbn.convert._array_names import Part
 from jaxbn.convert._arrays import (
     Values,
@@ -22,6 +20,8 @@ from jaxbn.convert._arrays import (
     to_params,
     to_stats,
 )
+from jaxbn.convert._converted import Converted
+from jaxbn.convert._debias import steps_of
 
 # The fused kernel raises a smaller epsilon to this.
 FUSED_EPSILON = 1.001e-5

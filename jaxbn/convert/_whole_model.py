@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn.convert._converted import Converted, Read, Write, read_layer, write_one
 from jaxbn.convert._array_names import Dialect, Part, flatten
+from jaxbn.convert._converted import Converted, Read, Write, read_layer, write_one
 
 _SHOWN = 20
 

@@ -7,8 +7,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxbn.diagnose._diagnose import diagnose
 from jaxbn.convert._orbax import read_checkpoint
+from jaxbn.diagnose._diagnose import diagnose
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxbn.diagnose._array_checks import unconverged
 from jaxbn.diagnose._find_layers import Layer
 from jaxbn.diagnose._measure import Gap, Probe
 from jaxbn.diagnose._report import Finding, as_evidence
-from jaxbn.diagnose._array_checks import unconverged
 
 # Standard deviations of a batch mean, as 6 independent elements per feature have.
 _NOISY = 0.4

@@ -9,11 +9,16 @@ import jax
 from jaxbn._replicas import replica_differences
 from jaxbn._statistics.running import check_momentum as check_decay
 from jaxbn._typing import PyTree
-from jaxbn.diagnose._batch_checks import check_batches, check_gap, explain_drift, measure_drift
+from jaxbn.diagnose._array_checks import check_momentum, check_steps, check_values
+from jaxbn.diagnose._batch_checks import (
+    check_batches,
+    check_gap,
+    explain_drift,
+    measure_drift,
+)
 from jaxbn.diagnose._find_layers import Layer, find_layers
 from jaxbn.diagnose._measure import Apply, measure_gap, probe_layers
 from jaxbn.diagnose._report import Finding, LayerReport, Report, as_evidence
-from jaxbn.diagnose._array_checks import check_momentum, check_steps, check_values
 
 
 def diagnose(

@@ -16,10 +16,10 @@ from jaxbn._flax.core_call import (
     zero_stats,
 )
 from jaxbn._flax.gathered_leaves import gathered_like
-from jaxbn.linen._folded import call_folded, is_folded
-from jaxbn.linen._variables import gathering, statistic, tracks, training_of
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Shape
+from jaxbn.linen._folded import call_folded, is_folded
+from jaxbn.linen._variables import gathering, statistic, tracks, training_of
 
 
 class BatchNorm(nn.Module):

@@ -7,14 +7,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxbn._fold.affine import settings_of
+from jaxbn._accumulation.gather import Gather
 from jaxbn._flax.core_call import leaf_names, num_features_of
 from jaxbn._flax.gathered_leaves import gathered_like
-from jaxbn._accumulation.gather import Gather
-from jaxbn.linen._folded import call_folded, is_folded
-from jaxbn.linen._variables import gathering, statistic, tracks, training_of
+from jaxbn._fold.affine import settings_of
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._typing import Array, PyTree
+from jaxbn.linen._folded import call_folded, is_folded
+from jaxbn.linen._variables import gathering, statistic, tracks, training_of
 
 
 class Norm(nn.Module):

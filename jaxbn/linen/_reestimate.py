@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 
-from jaxbn._flax.gathered_leaves import as_node, as_state
+from jaxbn._accumulation.reestimate import reestimate as reestimate_states
 from jaxbn._accumulation.state import gather as gather_states
 from jaxbn._accumulation.state import is_state
 from jaxbn._accumulation.state import track_gathered as track_states
-from jaxbn._accumulation.reestimate import reestimate as reestimate_states
+from jaxbn._flax.gathered_leaves import as_node, as_state
 from jaxbn._typing import PyTree
 
 

@@ -17,9 +17,9 @@ from jaxbn._flax.core_call import (
     zero_stats,
 )
 from jaxbn._flax.gathered_leaves import gathered_like
-from jaxbn.nnx._norm import assign, gathering, training_of
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Shape
+from jaxbn.nnx._norm import assign, gathering, training_of
 
 _STATS = ("mean", "var")
 

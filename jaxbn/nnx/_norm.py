@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxbn._accumulation.gather import Gather
 from jaxbn._flax.core_call import as_training, leaf_names
 from jaxbn._flax.gathered_leaves import gathered_like, is_gathering, more_names
-from jaxbn._accumulation.gather import Gather
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._typing import Array
 

@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._flax.gathered_leaves import as_node, as_state
+from jaxbn._accumulation.reestimate import reestimate as reestimate_states
 from jaxbn._accumulation.state import gather as gather_states
 from jaxbn._accumulation.state import track_gathered as track_states
+from jaxbn._flax.gathered_leaves import as_node, as_state
 from jaxbn.nnx._norm import assign
-from jaxbn._accumulation.reestimate import reestimate as reestimate_states
 
 M = TypeVar("M", bound=nnx.Module)
 

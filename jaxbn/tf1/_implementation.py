@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxbn._axes import canonical_axes, feature_shape, reduction_axes
-from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._dtypes import at_least_float32
+from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
 from jaxbn._layers.ghost_batches import Groups
-from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._typing import Axes, Shape
 from jaxbn.tf1._paths import Path, choose_path, refuse_wide
 from jaxbn.tf1._variables import BIASED, LOCAL_STEP, variable_shape

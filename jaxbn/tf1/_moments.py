@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxbn._dtypes import as_float
 from jaxbn._kernels.barriers import as_input
 from jaxbn._statistics.moments import batch_moments
-from jaxbn._typing import Array
 from jaxbn._statistics.weights import hide_unweighted, prepare_weights
+from jaxbn._typing import Array
 from jaxbn.tf1._axes import ReducedAxes, canonical, of_rank
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbn._dtypes import at_least_float32
 from jaxbn._averages import Ema, EmaState
+from jaxbn._dtypes import at_least_float32
 from jaxbn._typing import Array, PyTree
 from jaxbn.tf1._arguments import check_decay
 

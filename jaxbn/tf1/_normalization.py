@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 
-from jaxbn._kernels.affine import affine_map
-from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._dtypes import as_float
+from jaxbn._kernels.affine import affine_map
 from jaxbn._kernels.barriers import as_input
+from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array
 from jaxbn.tf1._axes import feature_axis, of_rank
