@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._compat import is_traced
 from jaxbn._dtypes import upcast
-from jaxbn._typing import Array, PyTree, is_traced
+from jaxbn._typing import Array, PyTree
 
 
 class EmaState(NamedTuple):

@@ -37,6 +37,7 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     return widest(dtype, jnp.float32)
 
 
+@functools.cache
 def widest(*dtypes: jnp.dtype) -> jnp.dtype:
     """Returns the dtype that holds all of `dtypes`, also under strict promotion."""
     with jax.numpy_dtype_promotion("standard"):

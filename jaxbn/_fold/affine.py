@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._accumulation.gather import Gather
 from jaxbn._axes import as_axes, expand, reduction_axes
+from jaxbn._compat import is_traced
 from jaxbn._dtypes import widest
 from jaxbn._kernels.normalize import normalize
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.batch_renorm import BatchRenorm
-from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
 from jaxbn._layers.normalizer import Normalizer
-from jaxbn._typing import Array, Axes, DTypeLike, is_traced
+from jaxbn._typing import Array, Axes, DTypeLike
 
 _DEFAULT = BatchNorm()
 
@@ -73,15 +71,9 @@ def as_affine(params: Any, state: Any, normalizer: Normalizer = _DEFAULT) -> Aff
 
 def settings_of(normalizer: Normalizer) -> BatchNorm:
     """Returns the `BatchNorm` that a normalizer is in inference, if that is affine."""
-    layer: Any = normalizer
-    while isinstance(layer, (Gather, GhostBatchNorm)):
-        layer = layer.inner
-    if not isinstance(layer, (BatchNorm, BatchRenorm)):
-        raise TypeError(
-            f"only a BatchNorm is known to be affine in inference, got "
-            f"{type(normalizer).__name__}. Build an Affine(scale, bias) yourself."
-        )
-    bn = layer._settings()
+    bn: Any = normalizer
+    while hasattr(bn, "wrapped"):
+        bn = bn.wrapped
     if bn.activation is not None:
         name = getattr(bn.activation, "__name__", bn.activation)
         raise ValueError(

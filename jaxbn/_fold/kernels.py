@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbn._compat import is_traced
 from jaxbn._dtypes import widest
 from jaxbn._fold.affine import Affine
 from jaxbn._fold.kernel_layout import KernelLayout
-from jaxbn._typing import Array, Pair, is_traced
+from jaxbn._typing import Array, Pair
 
 # Padding with values of x itself, or with none: what is padded has passed the norm too.
 _HARMLESS = ("VALID", "CIRCULAR", "REFLECT")

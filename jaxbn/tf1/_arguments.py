@@ -5,8 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxbn._compat import is_traced
 from jaxbn._layers.renorm_limits import RenormLimits, check_limits
-from jaxbn._typing import Array, is_traced
+from jaxbn._typing import Array
 
 _LIMITS = {"rmin": "r_min", "rmax": "r_max", "dmax": "d_max"}
 _NO_LIMITS = RenormLimits(r_min=0.0, r_max=jnp.inf, d_max=jnp.inf)

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from jaxbn._compat import is_traced
 from jaxbn._dropout import dropout as core_dropout
 from jaxbn._dtypes import as_float
-from jaxbn._typing import Array, Key, Shape, is_traced
+from jaxbn._typing import Array, Key, Shape
 
 
 def dropout(

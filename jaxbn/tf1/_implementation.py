@@ -11,7 +11,7 @@ from jaxbn._dtypes import at_least_float32
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
-from jaxbn._layers.ghost_batches import Groups
+from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._typing import Axes, Shape
 from jaxbn.tf1._paths import Path, choose_path, refuse_wide
 from jaxbn.tf1._variables import BIASED, LOCAL_STEP, variable_shape
@@ -105,7 +105,9 @@ class Settings:
     def check_batch(self, shape: Shape) -> None:
         """Raises unless the batch divides into ghost batches, in either mode."""
         if self.virtual_batch_size is not None:
-            Groups(self.virtual_batch_size).check(shape, reduction_axes(self.axes, shape))
+            GhostBatches(self.virtual_batch_size).check(
+                shape, reduction_axes(self.axes, shape)
+            )
 
     def params_shapes(self, form: Form) -> dict[str, Shape]:
         """Returns the names and shapes of the trained variables."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxbn._dtypes import as_dtype, as_float
 from jaxbn._layers.batch_renorm import RenormStats
-from jaxbn._layers.normalizer import split_mode
+from jaxbn._layers.checks import split_mode
 from jaxbn._layers.renorm_limits import RenormLimits
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, DTypeLike, Initializer, Key, Shape

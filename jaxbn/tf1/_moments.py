@@ -5,9 +5,8 @@ import math
 import jax.numpy as jnp
 
 from jaxbn._dtypes import as_float
-from jaxbn._kernels.barriers import as_input
 from jaxbn._statistics.moments import batch_moments
-from jaxbn._statistics.weights import hide_unweighted, prepare_weights
+from jaxbn._statistics.weights import prepare_weights
 from jaxbn._typing import Array
 from jaxbn.tf1._axes import ReducedAxes, canonical, of_rank
 
@@ -89,7 +88,7 @@ def _moments(
 ) -> tuple[Array, Array]:
     axes = canonical(axes, x.ndim)
     weights = prepare_weights(weights, x, axes)
-    mean, var, _ = batch_moments(as_input(hide_unweighted(x, weights)), weights, axes)
+    mean, var, _ = batch_moments(x, weights, axes)
     if keep_dims:
         mean, var = jnp.expand_dims(mean, axes), jnp.expand_dims(var, axes)
     return mean.astype(x.dtype), var.astype(x.dtype)

@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 
 from jaxbn._dtypes import as_float
-from jaxbn._kernels.affine import affine_map
-from jaxbn._kernels.barriers import as_input
+from jaxbn._kernels.normalize import normalize_aligned
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array
@@ -65,7 +64,7 @@ def nn_batch_normalization(
         ) from None
     x = jnp.broadcast_to(x, shape)
     aligned = (None if a is None else of_rank(a, len(shape)) for a in arrays)
-    return affine_map(as_input(x), *aligned, epsilon=variance_epsilon, dtype=None)  # pyright: ignore[reportArgumentType]
+    return normalize_aligned(x, *aligned, epsilon=variance_epsilon, dtype=None)
 
 
 def fused_batch_norm(
