@@ -1,32 +1,32 @@
 """Recorded cases of the real systems and of float64 truth; `--golden DIR` runs others.
 
 A case is named `system-case`, so that `-k truth` selects a system. How a case of a system
-is run is told in `tests/golden_<system>.py`, by a function `run(case)`.
+is run is told in `tests/golden_runners/<system>.py`, by a function `run(case)`.
 """
 
 import json
 
-from tests import (
-    golden_eqx,
-    golden_haiku,
-    golden_keras,
-    golden_linen,
-    golden_nnx,
-    golden_tf1,
-    golden_torch,
-    golden_truth,
+from tests.golden_runners import (
+    eqx,
+    haiku,
+    keras,
+    linen,
+    nnx,
+    tf1,
+    torch,
+    truth,
 )
-from tests.golden_case import Case
+from tests.golden_runners.case import Case
 
 RUNNERS = {
-    "eqx": golden_eqx.run,
-    "haiku": golden_haiku.run,
-    "keras": golden_keras.run,
-    "linen": golden_linen.run,
-    "nnx": golden_nnx.run,
-    "tf1": golden_tf1.run,
-    "torch": golden_torch.run,
-    "truth": golden_truth.run,
+    "eqx": eqx.run,
+    "haiku": haiku.run,
+    "keras": keras.run,
+    "linen": linen.run,
+    "nnx": nnx.run,
+    "tf1": tf1.run,
+    "torch": torch.run,
+    "truth": truth.run,
 }
 
 

@@ -1,150 +1,119 @@
-"""The layers of the house: a room imports only from rooms above it, and stays small."""
+"""The order of the packages: each imports from those before it, and files stay small."""
 
 import ast
+import graphlib
+import sys
 from pathlib import Path
 
 import jaxbn
 
-LAYERS = (
-    {"_typing"},
-    {"_axes", "_axis_groups", "_dtypes", "_double", "_state", "_placement"},
-    {"_isolation", "_transpose", "_weights"},
-    {"_tiles"},
-    {"_affine_tangent", "_variance"},
-    {"_affine_map"},
-    {"_moments", "_normalize"},
-    {"_groups", "_renorm_limits", "_running", "_sync"},
-    {"_view"},
-    {"_normalizer"},
-    {"_apply"},
-    {"_batch_norm"},
-    {"_dropout", "_ema", "_functions", "_renorm"},
-    {"_ghost", "_replicas"},
-    {"_gathered", "_kernel_layout", "_pool"},
-    {"_gather", "_population"},
-    {"_affine"},
-    {"_fold", "_fold_check", "_fold_names"},
-    {"_fold_tree"},
-    {"tf1._arguments", "tf1._axes", "tf1._paths", "tf1._variables"},
-    {
-        "tf1._dropout",
-        "tf1._form",
-        "tf1._moments",
-        "tf1._moving_averages",
-        "tf1._normalization",
-    },
-    {"tf1._layer"},
-    {"tf1._batch_norm", "tf1._batch_normalization"},
-    {"tf1.__init__"},
-    {
-        "convert._ema_norm",
-        "convert._debias",
-        "convert._npz",
-        "convert._safetensors",
-        "convert._torch_file",
-    },
-    {"convert._dialect", "convert._files"},
-    {"convert._values"},
-    {"convert._converted"},
-    {"convert._found", "convert._tensorflow"},
-    {
-        "convert._equinox_state",
-        "convert._flax",
-        "convert._haiku",
-        "convert._keras",
-        "convert._tf1",
-        "convert._torch",
-    },
-    {"convert._equinox"},
-    {"convert.__init__"},
-    {"_model_average", "_roles"},
-    {"diagnose._files", "diagnose._layers", "diagnose._report"},
-    {"diagnose._probe", "diagnose._values"},
-    {"diagnose._drift"},
-    {"diagnose._diagnose"},
-    {"diagnose.__init__", "diagnose.__main__"},
-    {"optim"},
-    {"__init__"},
-    {"_flax_call", "_flax_gather", "_flax_restore"},
-    {"_linen_folded", "_linen_population", "_linen_stats", "_linen_train"},
-    {"_nnx_norm", "_nnx_train"},
-    {"_linen_norm", "_nnx_fold", "_nnx_population"},
-    {"linen", "nnx"},
-)
-STANDARD = {
-    "collections",
-    "contextlib",
-    "re",
-    "types",
-    "dataclasses",
-    "functools",
-    "itertools",
-    "math",
-    "operator",
-    "os",
-    "typing",
-    "warnings",
-}
-# The packages that a room may import besides jax and the standard library.
-PACKAGES = {
-    room: {"numpy"}
-    for room in ("_affine", "_fold_check", "_normalizer", "_pool", "_replicas")
-}
-PACKAGES["__init__"] = {"lazy_loader"}
-PACKAGES["_population"] = {"tqdm"}
-LINEN = ("_linen_folded", "_linen_norm", "_linen_population", "_linen_stats")
-LINEN += ("_linen_train", "linen")
-NNX = ("_nnx_fold", "_nnx_norm", "_nnx_population", "_nnx_train", "nnx")
-for room in ("_flax_call", "_flax_gather", "_flax_restore", *LINEN, *NNX):
-    PACKAGES[room] = {"flax", "optax"} if room.endswith("_train") else {"flax"}
+# Lowest first. An entry of the folder jaxbn imports from earlier lines only.
+ORDER = """
+    _typing _compat _norm_names
+    _axes _dtypes _state _sharding
+    _kernels _averages _param_roles
+    _statistics optim _model_average
+    _layers _replicas
+    _accumulation _dropout _fold convert
+    __init__ _flax tf1 diagnose
+    linen nnx
+"""
+LINES = {entry: line for line, row in enumerate(ORDER.split("\n")) for entry in row.split()}
+# These may import other libraries at their top. The rest is the core.
+OPTIONAL = {"convert", "diagnose", "optim", "tf1", "_flax", "linen", "nnx"}
+CORE_IMPORTS = {"jax", "jaxbn", "numpy", *sys.stdlib_module_names}
+MOST_LEVELS, MOST_IMPORTS = 9, 100
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 260, 50
+
 ROOT = Path(jaxbn.__file__).parent
-ROOMS = {
+FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for path in ROOT.rglob("*.py")
+    for path in sorted(ROOT.rglob("*.py"))
 }
-# Files are read by packages that are imported where they are used.
-FILES = {"contextlib", "io", "json", "os", "pathlib", "pickle", "secrets"}
-FILES |= {"numpy", "safetensors", "torch", "zipfile"}
-PACKAGES |= {room: FILES for room in ROOMS if room.startswith("convert.")}
-PACKAGES["optim"] = {"optax"}
-PACKAGES |= {f"diagnose.{room}": {"numpy"} for room in ("_drift", "_layers", "_probe")}
-PACKAGES["diagnose._values"] = {"numpy"}
-PACKAGES["diagnose._files"] = {"numpy", "orbax", "os", "pathlib"}
-PACKAGES["diagnose._report"] = {"matplotlib", "os"}
-PACKAGES["diagnose.__main__"] = {"argparse", "sys"}
-ABOVE = {room: set().union(*LAYERS[:i]) for i, layer in enumerate(LAYERS) for room in layer}
+TREES = {file: ast.parse(path.read_text()) for file, path in FILES.items()}
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module
+def imports(node, lazy=True):
+    """Yields the full names of what is imported below a node, in functions if `lazy`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, (
+                f"line {child.lineno}: write the whole name of a module"
+            )
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif lazy or not isinstance(child, ast.FunctionDef):
+            yield from imports(child, lazy)
 
 
-def test_every_room_has_a_layer():
-    assert set(ROOMS) == set(ABOVE)
+def file_of(name):
+    """Returns the file of a full name such as jaxbn._state.BatchStats."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        for file in (".".join(parts[1:end]), ".".join([*parts[1:end], "__init__"])):
+            if file in FILES:
+                return file
+    raise AssertionError(f"there is no file for {name}")
 
 
-def test_no_room_imports_from_below_or_beside():
-    for room, path in ROOMS.items():
-        own = {name[len("jaxbn.") :] for name in imports(path) if name.startswith("jaxbn.")}
-        assert own <= ABOVE[room], f"{room} imports {own - ABOVE[room]}"
+OWN = {
+    file: {file_of(name) for name in imports(tree) if name.split(".")[0] == "jaxbn"}
+    for file, tree in TREES.items()
+}
 
 
-def test_the_core_imports_jax_and_nothing_else():
-    for room, path in ROOMS.items():
-        packages = {name.split(".")[0] for name in imports(path)} - STANDARD
-        assert packages <= {"jax", "jaxbn", *PACKAGES.get(room, ())}, room
+def entry_of(file):
+    return file.split(".")[0]
 
 
-def test_rooms_and_functions_stay_small():
-    for room, path in ROOMS.items():
-        text = path.read_text()
-        assert text.count("\n") <= 260, f"{room} has {text.count(chr(10))} lines"
-        for node in ast.walk(ast.parse(text)):
+def entries():
+    """Returns, for each entry of the folder jaxbn, the others from which it imports."""
+    graph = {entry_of(file): set() for file in FILES}
+    for file, own in OWN.items():
+        graph[entry_of(file)] |= {entry_of(other) for other in own} - {entry_of(file)}
+    return graph
+
+
+def test_a_package_imports_only_from_those_before_it():
+    graph = entries()
+    assert graph.keys() <= LINES.keys(), f"give a line to {graph.keys() - LINES.keys()}"
+    for entry, own in graph.items():
+        late = {other for other in own if LINES[other] >= LINES[entry]}
+        assert not late, f"{entry} imports from {late}, which are not on an earlier line"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    # The file of a package may import its own files, which never import it.
+    graphlib.TopologicalSorter(OWN).prepare()
+
+
+def test_there_are_few_levels_and_imports():
+    graph, level = entries(), {}
+    for entry in graphlib.TopologicalSorter(graph).static_order():
+        level[entry] = 1 + max((level[other] for other in graph[entry]), default=0)
+    assert max(level.values()) <= MOST_LEVELS, level
+    number = sum(map(len, graph.values()))
+    assert number <= MOST_IMPORTS, f"{number} imports between entries of the folder"
+
+
+def test_the_core_imports_jax_numpy_and_python_only():
+    for file, tree in TREES.items():
+        if entry_of(file) not in OPTIONAL:
+            packages = {name.split(".")[0] for name in imports(tree, lazy=False)}
+            assert packages <= CORE_IMPORTS, f"{file} imports {packages - CORE_IMPORTS}"
+
+
+def test_files_tell_their_purpose_and_stay_small():
+    for file, tree in TREES.items():
+        first = (ast.get_docstring(tree) or "").split("\n")[0]
+        assert first.endswith((".", ":")), f"{file}: say its purpose in its first line"
+        lines = FILES[file].read_text().count("\n")
+        assert lines <= MOST_LINES, f"{file} has {lines} lines"
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
-                body = [n for n in node.body if not isinstance(n, ast.Expr)]
+                body = [part for part in node.body if not isinstance(part, ast.Expr)]
                 lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
-                assert lines <= 50, f"{room}.{node.name} has {lines} lines"
+                assert lines <= MOST_LINES_OF_A_FUNCTION, (
+                    f"{file}.{node.name}: {lines} lines"
+                )

@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from tests import oracle
+from tests.laws import oracle
 
 ROOT = Path(__file__).parent.parent
 LOCAL_DEVICES, ROWS = 2, 6

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from tests import oracle
+from tests.laws import oracle
 
 RNG = np.random.default_rng(0)
 SIZES = 30, 4, 4, 30, 4, 22, 4  # seven uneven batches, of few sizes to compile for

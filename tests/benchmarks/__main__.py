@@ -20,7 +20,7 @@ from tests.benchmarks.session import measure, tell
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
-    counted = [name for name in accelerators.ROOMS if getattr(args, f"bytes_{name}")]
+    counted = [name for name in accelerators.MODULES if getattr(args, f"bytes_{name}")]
     _check_files(parser, args, [f"bytes {name}" for name in counted] or ["times"])
     if counted:
         _count_bytes(args, counted)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.benchmarks import h200, machine, tpu
 
-ROOMS = {"h200": h200, "tpu": tpu}
+MODULES = {"h200": h200, "tpu": tpu}
 
 
 def count(name: str, tell: Callable[[str], None]) -> dict[str, Any] | None:
@@ -24,12 +24,12 @@ def count(name: str, tell: Callable[[str], None]) -> dict[str, Any] | None:
         except subprocess.CalledProcessError as error:
             tell(f"SKIPPED --bytes-h200: pip cannot install the plugin ({error}).")
             return None
-    room = ROOMS[name]
+    module = MODULES[name]
     done = subprocess.run(
-        [sys.executable, "-m", room.__name__],
-        env={**os.environ, **room.environment()},
+        [sys.executable, "-m", module.__name__],
+        env={**os.environ, **module.environment()},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    return {**machine.describe(), "shape": room.SHAPE, "rows": json.loads(done.stdout)}
+    return {**machine.describe(), "shape": module.SHAPE, "rows": json.loads(done.stdout)}

@@ -5,7 +5,7 @@ import numpy as np
 
 import jaxbn
 from jaxbn import convert
-from tests.golden_convert import near, run_layer
+from tests.golden_runners.convert import near, run_layer
 
 KNOWN = {"create_scale", "create_offset", "decay_rate", "eps", "axis", "data_format"}
 NAMES = {"scale": "scale", "bias": "offset"}

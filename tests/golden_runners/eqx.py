@@ -5,8 +5,8 @@ import functools
 import numpy as np
 
 from jaxbn import convert
-from tests.golden_case import assert_near
-from tests.golden_convert import run_layer
+from tests.golden_runners.case import assert_near
+from tests.golden_runners.convert import run_layer
 
 KNOWN = {"mode", "momentum", "eps", "channelwise_affine"}
 NAMES = {"scale": "weight", "bias": "bias"}

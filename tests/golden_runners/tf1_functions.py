@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbn import tf1
-from tests.golden_tf1_checks import Traced, arrays, check, known, near
+from tests.golden_runners.tf1_checks import Traced, arrays, check, known, near
 
 
 def run_moments(case):

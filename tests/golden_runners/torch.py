@@ -8,8 +8,8 @@ import numpy as np
 
 import jaxbn
 from jaxbn import convert
-from tests import golden_torch_models
-from tests.golden_case import assert_near
+from tests.golden_runners import torch_models
+from tests.golden_runners.case import assert_near
 
 KNOWN = {"momentum", "eps", "affine", "track_running_stats", "training"}
 
@@ -20,8 +20,8 @@ def run(case):
     try:
         if "expect_error" in case.meta:
             return run_error(case)
-        if case.steps[0]["op"] in golden_torch_models.RUN:
-            return golden_torch_models.run(case)
+        if case.steps[0]["op"] in torch_models.RUN:
+            return torch_models.run(case)
         assert set(case.kwargs) <= KNOWN, case.kwargs
         step = {
             "train": run_layer,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxbn.nnx
-from tests.golden_linen import KEYS, KNOWN, arguments, check_output, near_of
+from tests.golden_runners.linen import KEYS, KNOWN, arguments, check_output, near_of
 
 
 def run(case):

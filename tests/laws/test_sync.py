@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from tests.styles import DEVICES, PLAIN, STYLES, flat, mesh, value_and_gradients
-from tests.test_laws import change
+from tests.laws.styles import DEVICES, PLAIN, STYLES, flat, mesh, value_and_gradients
+from tests.laws.test_laws import change
 
 ROWS = 6
 LAYERS = {

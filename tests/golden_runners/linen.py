@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn.linen
-from tests.golden_case import assert_near
+from tests.golden_runners.case import assert_near
 
 DTYPES = {"dtype", "param_dtype"}
 KNOWN = {"use_running_average", "axis", "momentum", "epsilon", "use_bias", "use_scale"}

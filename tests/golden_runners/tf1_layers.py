@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxbn import tf1
-from tests.golden_case import assert_near
-from tests.golden_tf1_arguments import constants, decode
-from tests.golden_tf1_checks import (
+from tests.golden_runners.case import assert_near
+from tests.golden_runners.tf1_arguments import constants, decode
+from tests.golden_runners.tf1_checks import (
     Traced,
     after_descent,
     array,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.golden_case import assert_near
+from tests.golden_runners.case import assert_near
 
 
 class Traced:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.golden_tf1_arguments import ACTIVATIONS
-from tests.golden_tf1_checks import Traced, arrays, check, descend, known, near
+from tests.golden_runners.tf1_arguments import ACTIVATIONS
+from tests.golden_runners.tf1_checks import Traced, arrays, check, descend, known, near
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "tf1"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "tf1"
 SHADOWS = {"ema_mean": "mean", "ema_variance": "variance"}
 
 

@@ -1,4 +1,4 @@
-"""Prints the README's table of errors: `python -m tests.accuracy` (needs flax)."""
+"""Prints the README's table of errors: `python -m tests.tools.accuracy` (needs flax)."""
 
 import jax
 import jax.numpy as jnp

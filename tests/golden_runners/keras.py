@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from jaxbn import convert
-from tests.golden_convert import run_layer
+from tests.golden_runners.convert import run_layer
 
 SETTINGS = {"axis", "momentum", "epsilon", "renorm_momentum", "renorm_clipping"}
 INITIALIZERS = {f"{name}_initializer" for name in ("beta", "gamma")}

@@ -1,7 +1,7 @@
 """Runs Flax's own tests with our layers in the place of Flax's, and compares.
 
     git clone --branch v0.12.8 https://github.com/google/flax /tmp/flax
-    python -m tests.flax_suite /tmp/flax
+    python -m tests.tools.flax_suite /tmp/flax
 
 Flax's code is not ours to carry: this script is given a checkout of it, of the release
 that is installed. The test files that name BatchNorm are run as they are, which tells the
@@ -69,10 +69,10 @@ def run(flax, tests, folder, name, **environment):
     report = folder / f"{name}.xml"
     listed = folder / "tests"
     listed.write_text("\n".join(tests))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.flax_suite"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.tools.flax_suite"]
     command += [f"--junitxml={report}", "-p", "no:cacheprovider", "-o", "addopts="]
     command += ["-W", "default", f"@{listed}"]
-    here = str(Path(__file__).parent.parent)
+    here = str(Path(__file__).parents[2])
     done = subprocess.run(
         command,
         cwd=flax,

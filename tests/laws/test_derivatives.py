@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from tests import oracle
+from tests.laws import oracle
 
 SHAPE = 40, 6, 10, 8
 ACTIVATIONS = {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
-from tests.golden_case import FLOOR, assert_near
+from tests.golden_runners.case import FLOOR, assert_near
 
 
 def run(case):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxbn
-from tests import oracle
-from tests.modes import MODES
+from tests.laws import oracle
+from tests.laws.modes import MODES
 
 # Each normalizer with the shape of one batch and the shape of its weights, or None.
 CASES = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
-from tests import oracle
+from tests.laws import oracle
 
 hypothesis.settings.register_profile(
     "jaxbn", deadline=None, max_examples=25, derandomize=True

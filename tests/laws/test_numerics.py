@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from tests import oracle
+from tests.laws import oracle
 
 
 def normal(mean, std, rows=65536, features=4, seed=0, dtype=np.float32):

@@ -2,14 +2,14 @@
 
 import jax
 
-from tests.golden_tf1_documents import run_handwritten, run_network
-from tests.golden_tf1_functions import (
+from tests.golden_runners.tf1_documents import run_handwritten, run_network
+from tests.golden_runners.tf1_functions import (
     run_average,
     run_dropout,
     run_moments,
     run_normalization,
 )
-from tests.golden_tf1_layers import LAYERS, TWICE, run_layer, run_shared
+from tests.golden_runners.tf1_layers import LAYERS, TWICE, run_layer, run_shared
 
 RUNNERS = {
     **dict.fromkeys(LAYERS, run_layer),

@@ -1,11 +1,11 @@
-"""Counts what batch normalization sends in compiled programs: `python -m tests.topologies`.
+"""Counts what batch normalization sends: `python -m tests.tools.topologies`.
 
 Compiles, and never runs, a training step of LAYERS layers (matrix product, normalization,
 ReLU) for 8 and 64 CPU devices and, where libtpu is installed, for the TPU topologies v5e
 2x2 (4 chips) and 16x16 (256 chips). No TPU is needed:
 
     python3 -m venv tpu && tpu/bin/pip install -e . 'jax[tpu]' flax
-    tpu/bin/python -m tests.topologies
+    tpu/bin/python -m tests.tools.topologies
 
 takes 4 minutes on two cores (jax 0.10.2, libtpu 0.0.42.1) and fails where docs/scale.md
 says another number than the programs; with --write it writes the tables of that page.
@@ -39,8 +39,8 @@ IMAGE = (32, 56, 56, CHANNELS)  # the shard of a device, in bfloat16
 PLACES = {"cpu:8": 8, "cpu:64": 64, "v5e:2x2": 4, "v5e:16x16": 256}
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 
-PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
-MARKS = "<!-- written by tests/topologies.py -->\n", "<!-- until here -->\n"
+PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+MARKS = "<!-- written by tests/tools/topologies.py -->\n", "<!-- until here -->\n"
 ROWS = [(lib, style) for style in ("jit", "shard_map") for lib in ("jaxbn", "flax")]
 # A layer that names its axis sends as much wherever it is compiled for: all-reduces and
 # vectors of CHANNELS floats, forward, and forward and backward.
@@ -277,7 +277,7 @@ def run(place):
     }
     if place.startswith("cpu"):
         environment["JAX_NUM_CPU_DEVICES"] = str(PLACES[place])
-    command = [sys.executable, "-m", "tests.topologies", place]
+    command = [sys.executable, "-m", "tests.tools.topologies", place]
     done = subprocess.run(
         command,
         env=environment,

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.test_laws import change
+from tests.laws.test_laws import change
 
 DEVICES = 8
 
