@@ -1,12 +1,15 @@
-"""Arguments of TensorFlow, checked as it did and brought to the words of the core."""
+"""Checks the arguments of TensorFlow, and translates them into those of the core."""
 
-from collections.abc import Mapping
-from typing import Any
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
 from jaxbn._layers.renorm_limits import RenormLimits, check_limits
 from jaxbn._typing import Array, is_traced
+
+ReducedAxes: TypeAlias = int | Sequence[int]
 
 _LIMITS = {"rmin": "r_min", "rmax": "r_max", "dmax": "d_max"}
 _NO_LIMITS = RenormLimits(r_min=0.0, r_max=jnp.inf, d_max=jnp.inf)
@@ -21,6 +24,39 @@ def to_axes(axis: Any) -> int | tuple[int, ...]:
             f"{type(axis).__name__}. Write axis=-1 or, for several axes, axis=[1, 2]."
         )
     return tuple(axes) if isinstance(axis, list) else axis
+
+
+def feature_axis(data_format: str) -> int:
+    """Returns the axis of the channels."""
+    if data_format not in ("NHWC", "NCHW"):
+        raise ValueError(
+            f"data_format must be 'NHWC' or 'NCHW', got {data_format!r}. NHWC has the "
+            "features last and NCHW next to the batch, at any rank."
+        )
+    return 1 if data_format == "NCHW" else -1
+
+
+def axes_to_reduce(axes: ReducedAxes, ndim: int) -> tuple[int, ...]:
+    """Returns the axes to reduce, non-negative and ascending."""
+    try:
+        named = tuple(map(operator.index, axes if isinstance(axes, Sequence) else (axes,)))
+    except TypeError:
+        raise TypeError(
+            f"axes must be an int or a sequence of ints, got {axes!r}. Write axes=[0] for "
+            "the rows of a batch, axes=[0, 1, 2] for images."
+        ) from None
+    axes = tuple(sorted({axis % ndim for axis in named})) if ndim else ()
+    if len(axes) != len(named) or any(not -ndim <= axis < ndim for axis in named):
+        raise ValueError(
+            f"axes {named} are not different axes of x, whose rank is {ndim}. Choose them "
+            f"within [{-ndim}, {ndim - 1}], each once."
+        )
+    return axes
+
+
+def of_rank(array: Array, ndim: int) -> Array:
+    """Returns `array` at rank `ndim`, aligned from the right as TensorFlow broadcast."""
+    return array.reshape((1,) * (ndim - array.ndim) + array.shape)
 
 
 def to_limits(renorm: bool, clipping: Mapping[str, Any] | None) -> RenormLimits | None:

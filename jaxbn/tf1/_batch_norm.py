@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxbn._typing import Array, Initializer, Shape
-from jaxbn.tf1._arguments import check_decay, to_limits
-from jaxbn.tf1._axes import feature_axis
+from jaxbn.tf1._arguments import check_decay, feature_axis, to_limits
 from jaxbn.tf1._implementation import Settings
 from jaxbn.tf1._layer import Layer, Regularizer
 
@@ -130,7 +129,7 @@ def batch_norm(
         class_suffices=not given,
         zero_debias=zero_debias_moving_mean,
     )
-    if settings.path(2).legacy:
+    if settings.implementation(2).legacy:
         _warn_of_dropped(param_regularizers=param_regularizers, adjustment=adjustment)
     return Layer(
         settings=settings,

@@ -13,8 +13,8 @@ from jaxbn._layers.normalizer import split_mode
 from jaxbn._layers.renorm_limits import RenormLimits
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, DTypeLike, Initializer, Key, Shape
-from jaxbn.tf1._axes import of_rank
-from jaxbn.tf1._implementation import Form, Settings
+from jaxbn.tf1._arguments import of_rank
+from jaxbn.tf1._implementation import Settings, ShapedLayer
 from jaxbn.tf1._moving_averages import without_bias
 from jaxbn.tf1._variables import (
     BIASED,
@@ -83,17 +83,17 @@ class Layer:
         """
         dtype = as_dtype(dtype)
         assert dtype is not None
-        form = self.settings.form(tuple(shape), dtype)
+        shaped = self.settings.for_inputs(tuple(shape), dtype)
         initializers = {
-            f"{field}_init": in_shape(initializer, form.shape)
+            f"{field}_init": in_shape(initializer, shaped.shape)
             for field, name in NAMES.items()
             if (initializer := self.initializers.get(name)) is not None
         }
-        fields = form.normalizer.init(form.features, key=key, **initializers)
-        params, state = (to_variables(part, form.shape, form.dtype) for part in fields)
+        fields = shaped.normalizer.init(shaped.features, key=key, **initializers)
+        params, state = (to_variables(part, shaped.shape, shaped.dtype) for part in fields)
         if self._debiases(self.training):
-            state[BIASED] = jnp.zeros(form.shape, form.dtype)
-            state[LOCAL_STEP] = jnp.zeros((), form.dtype)
+            state[BIASED] = jnp.zeros(shaped.shape, shaped.dtype)
+            state[LOCAL_STEP] = jnp.zeros((), shaped.dtype)
         return params, state
 
     def apply(
@@ -127,24 +127,24 @@ class Layer:
         training = self.training if training is None else training
         mode, _ = split_mode(training)
         x = as_float(x)
-        form = self.settings.form(x.shape, x.dtype)
+        shaped = self.settings.for_inputs(x.shape, x.dtype)
         self.settings.check_batch(x.shape)
         debiases = self._debiases(training)
-        check_variables("params", params, self.settings.params_shapes(form))
-        check_variables("state", state, self.settings.state_shapes(form, state, debiases))
+        check_variables("params", params, self.settings.params_shapes(shaped))
+        check_variables("state", state, self.settings.state_shapes(shaped, state, debiases))
 
         kind = BatchStats if self.limits is None else RenormStats
-        stats = to_fields(kind, state, form.features)
+        stats = to_fields(kind, state, shaped.features)
         if debiases:
             # The average that training moves is not the one that inference reads.
             stats = stats._replace(mean=jnp.where(training, state[BIASED], stats.mean))
-        trained = to_fields(BatchNormParams, params, form.features)
-        options = self._options(form, x, mode)
-        y, stats = form.normalizer.apply(trained, stats, x, training, **options)
+        trained = to_fields(BatchNormParams, params, shaped.features)
+        options = self._options(shaped, x, mode)
+        y, stats = shaped.normalizer.apply(trained, stats, x, training, **options)
         y = y if self.activation_fn is None else self.activation_fn(y)
-        if mode is False or (form.path.layer_class and not self.trainable):
+        if mode is False or (shaped.implementation.layer_class and not self.trainable):
             return y, state
-        updated = {**state, **to_variables(stats, form.shape, form.dtype)}
+        updated = {**state, **to_variables(stats, shaped.shape, shaped.dtype)}
         return y, self._debiased(state, updated, training) if debiases else updated
 
     def run_updates(
@@ -197,7 +197,7 @@ class Layer:
         Returns:
             A scalar.
         """
-        if self.settings.contrib and self.settings.path(ndim).legacy:
+        if self.settings.contrib and self.settings.implementation(ndim).legacy:
             return jnp.zeros(())
         losses = (
             regularizer(params[name])
@@ -226,7 +226,7 @@ class Layer:
         """Tells whether TensorFlow made variables for zero debiasing in this mode."""
         return self.settings.zero_debias and split_mode(training)[0] is not False
 
-    def _options(self, form: Form, x: Array, mode: bool | None) -> dict[str, Any]:
+    def _options(self, shaped: ShapedLayer, x: Array, mode: bool | None) -> dict[str, Any]:
         """Returns what this call of the normalizer of the core takes beyond the usual."""
         options: dict[str, Any] = {"momentum": self.decay}
         if self.limits is not None:
@@ -235,7 +235,7 @@ class Layer:
             return options
         if self.batch_weights is not None:
             options["weights"] = self.batch_weights
-        if self.adjustment is not None and not form.path.legacy:
+        if self.adjustment is not None and not shaped.implementation.legacy:
             pair = map(jnp.asarray, self.adjustment(x.shape))
             options["adjustment"] = tuple(of_rank(array, x.ndim) for array in pair)
         return options

@@ -9,7 +9,7 @@ from jaxbn._kernels.barriers import as_input
 from jaxbn._statistics.moments import batch_moments
 from jaxbn._statistics.weights import hide_unweighted, prepare_weights
 from jaxbn._typing import Array
-from jaxbn.tf1._axes import ReducedAxes, canonical, of_rank
+from jaxbn.tf1._arguments import ReducedAxes, axes_to_reduce, of_rank
 
 
 def moments(
@@ -87,7 +87,7 @@ def weighted_moments(
 def _moments(
     x: Array, weights: Array | None, axes: ReducedAxes, keep_dims: bool
 ) -> tuple[Array, Array]:
-    axes = canonical(axes, x.ndim)
+    axes = axes_to_reduce(axes, x.ndim)
     weights = prepare_weights(weights, x, axes)
     mean, var, _ = batch_moments(as_input(hide_unweighted(x, weights)), weights, axes)
     if keep_dims:
@@ -130,7 +130,7 @@ def sufficient_statistics(
         2.0 [4.] [10.] None
     """
     x = as_float(x)
-    axes = canonical(axes, x.ndim)
+    axes = axes_to_reduce(axes, x.ndim)
     count = jnp.asarray(math.prod(x.shape[axis] for axis in axes), x.dtype)
     if shift is not None:
         shift = jnp.asarray(shift).astype(x.dtype)

@@ -8,8 +8,8 @@ from jaxbn._kernels.barriers import as_input
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array
-from jaxbn.tf1._axes import feature_axis, of_rank
-from jaxbn.tf1._paths import Path, refuse_wide
+from jaxbn.tf1._arguments import feature_axis, of_rank
+from jaxbn.tf1._implementation import Implementation, refuse_wide
 
 
 def nn_batch_normalization(
@@ -130,7 +130,7 @@ def fused_batch_norm(
             f"is_training={is_training}. Training takes the moments of x, inference those "
             "that it is given."
         )
-    kernel = Path(fused=True, layer_class=False)
+    kernel = Implementation(fused=True, layer_class=False)
     # With momentum 0 the new state is nothing but the moments of the batch.
     bn = BatchNorm(feature_axes=axis, momentum=0.0, epsilon=kernel.floor(epsilon), ddof=1)
     start = jnp.zeros(x.shape[axis])
