@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbn._norm_names import NORM_LAYERS, names_of_role
 from jaxbn._state import BatchNormParams
 from jaxbn._typing import PyTree
 
-_SCALES = {"scale", "gamma", "weight", "w"}
-_BIASES = {"bias", "offset", "beta", "b"}
-_STATS = {"mean", "var", "running_mean", "running_var", "moving_mean", "moving_variance"}
-_NORM_NAME = re.compile(r"norm|(^|[^a-z])bn($|[^a-z])", re.IGNORECASE)
+# Haiku's other layers call theirs w and b.
+_SCALES = {*names_of_role("scale"), "w"}
+_BIASES = {*names_of_role("bias"), "b"}
+_STATS = {*names_of_role("mean"), *names_of_role("var")}
+_NORM_NAME = re.compile(NORM_LAYERS, re.IGNORECASE)
 # Layers whose names say norm and that hold the kernels of others.
 _NO_NORM = re.compile(r"weight_?norm|spectral_?norm", re.IGNORECASE)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._norm_names import FLAX
 from jaxbn._state import BatchStats
 from jaxbn._typing import Axes, DTypeLike
 from jaxbn.convert._array_names import Dialect, Part
@@ -31,9 +32,7 @@ _LINEN = Dialect(
         "var": ("batch_stats/*/var",),
     },
 )
-_NNX = Dialect(
-    "Flax NNX", "/", {role: (f"*/{role}",) for role in ("scale", "bias", "mean", "var")}
-)
+_NNX = Dialect("Flax NNX", "/", {role: (f"*/{name}",) for role, name in FLAX.items()})
 
 
 def from_flax(

@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn._norm_names import TENSORFLOW
 from jaxbn._typing import DTypeLike
 from jaxbn.convert._array_names import Dialect
 from jaxbn.convert._converted import Converted, read_one, write_one
-from jaxbn.convert._tf_variables import NAMES, read_variables, write_variables
+from jaxbn.convert._tf_variables import read_variables, write_variables
 from jaxbn.convert._whole_model import Found, find
 
 _KERAS = Dialect(
-    "Keras", "/", {role: (f"*/{name}", f"*/{name}:0") for role, name in NAMES.items()}
+    "Keras", "/", {role: (f"*/{name}", f"*/{name}:0") for role, name in TENSORFLOW.items()}
 )
 
 

@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn._norm_names import TENSORFLOW
 from jaxbn.convert._array_names import Dialect
 from jaxbn.convert._converted import Converted, read_one, write_one
-from jaxbn.convert._tf_variables import NAMES, read_variables, write_variables
+from jaxbn.convert._tf_variables import read_variables, write_variables
 from jaxbn.convert._whole_model import Found, find
 
 _SHADOW = "/ExponentialMovingAverage"
 _SPELLINGS: dict[str, tuple[str, ...]] = {
-    **{role: (f"*/{name}", f"*/{name}:0") for role, name in NAMES.items()},
+    **{role: (f"*/{name}", f"*/{name}:0") for role, name in TENSORFLOW.items()},
     "biased": ("*/moving_mean/biased",),
     "local_step": ("*/moving_mean/local_step",),
     "old_renorm": ("*/renorm_mean_weight", "*/renorm_stddev_weight"),

@@ -8,6 +8,7 @@ import numpy as np
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.batch_renorm import BatchRenorm, RenormStats
 from jaxbn._layers.renorm_limits import RenormLimits
+from jaxbn._norm_names import TENSORFLOW
 from jaxbn._state import BatchStats
 from jaxbn._typing import Axes, DTypeLike
 from jaxbn.convert._array_names import Part
@@ -25,15 +26,6 @@ from jaxbn.convert._debias import steps_of
 
 # The fused kernel raises a smaller epsilon to this.
 FUSED_EPSILON = 1.001e-5
-NAMES = {
-    "scale": "gamma",
-    "bias": "beta",
-    "mean": "moving_mean",
-    "var": "moving_variance",
-    "std": "moving_stddev",
-    "renorm_mean": "renorm_mean",
-    "renorm_std": "renorm_stddev",
-}
 _RENORM = ("std", "renorm_mean", "renorm_std")
 _CLIPPING = {"rmin": "r_min", "rmax": "r_max", "dmax": "d_max"}
 _NO_CLIPPING = RenormLimits(r_min=0.0, r_max=float("inf"), d_max=float("inf"))
@@ -55,7 +47,7 @@ def read_variables(
     axes: Axes = tuple(axis) if isinstance(axis, (list, tuple)) else axis
     if isinstance(axes, tuple) and len(axes) == 1:
         (axes,) = axes
-    read = checked(part, tuple(NAMES), axes)
+    read = checked(part, tuple(TENSORFLOW), axes)
     renorm = "renorm_mean" in read.arrays
     fused = fused and not renorm and part.need("mean").ndim == 1
     notes = read.notes + _debiased(part)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._norm_names import TORCH
 from jaxbn._state import BatchStats
 from jaxbn.convert._array_names import Dialect, Part
 from jaxbn.convert._arrays import (
@@ -23,13 +24,7 @@ from jaxbn.convert._whole_model import Found, find
 _TORCH = Dialect(
     "PyTorch",
     ".",
-    {
-        "scale": ("*.weight",),
-        "bias": ("*.bias",),
-        "mean": ("*.running_mean",),
-        "var": ("*.running_var",),
-        "count": ("*.num_batches_tracked",),
-    },
+    {role: (f"*.{name}",) for role, name in TORCH.items()},
 )
 
 

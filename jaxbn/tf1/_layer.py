@@ -11,6 +11,7 @@ from jaxbn._dtypes import as_dtype, as_float
 from jaxbn._layers.batch_renorm import RenormStats
 from jaxbn._layers.normalizer import split_mode
 from jaxbn._layers.renorm_limits import RenormLimits
+from jaxbn._norm_names import TENSORFLOW
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, DTypeLike, Initializer, Key, Shape
 from jaxbn.tf1._arguments import of_rank
@@ -19,7 +20,6 @@ from jaxbn.tf1._moving_averages import without_bias
 from jaxbn.tf1._variables import (
     BIASED,
     LOCAL_STEP,
-    NAMES,
     Variables,
     check_variables,
     in_shape,
@@ -86,7 +86,7 @@ class Layer:
         shaped = self.settings.for_inputs(tuple(shape), dtype)
         initializers = {
             f"{field}_init": in_shape(initializer, shaped.shape)
-            for field, name in NAMES.items()
+            for field, name in TENSORFLOW.items()
             if (initializer := self.initializers.get(name)) is not None
         }
         fields = shaped.normalizer.init(shaped.features, key=key, **initializers)
