@@ -11,6 +11,8 @@ from jaxbn._typing import Array, is_traced
 
 ReducedAxes: TypeAlias = int | Sequence[int]
 
+# The fused kernel raises a smaller epsilon to this.
+FUSED_EPSILON = 1.001e-5
 _LIMITS = {"rmin": "r_min", "rmax": "r_max", "dmax": "d_max"}
 _NO_LIMITS = RenormLimits(r_min=0.0, r_max=jnp.inf, d_max=jnp.inf)
 
@@ -59,16 +61,14 @@ def of_rank(array: Array, ndim: int) -> Array:
     return array.reshape((1,) * (ndim - array.ndim) + array.shape)
 
 
-def to_limits(renorm: bool, clipping: Mapping[str, Any] | None) -> RenormLimits | None:
-    """Returns the limits of renorm, where a missing one is none, or None without renorm."""
-    if not renorm:
-        return None
+def to_limits(clipping: Mapping[str, Any] | None) -> RenormLimits:
+    """Returns the limits of renorm, where a missing one is none."""
     clipping = clipping or {}
     unknown = sorted(set(clipping) - set(_LIMITS))
     if unknown:
         raise ValueError(
             f"renorm_clipping may hold {', '.join(_LIMITS)}, got {', '.join(unknown)}. "
-            "Rename or drop what is not among them."
+            "Pass it as the layer was made with; rename or drop what is not among them."
         )
     limits = _NO_LIMITS._replace(**{_LIMITS[key]: value for key, value in clipping.items()})
     check_limits(limits)

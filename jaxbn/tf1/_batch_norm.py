@@ -116,7 +116,7 @@ def batch_norm(
             f"renorm=True comes with {' and '.join(given)}, which TensorFlow did not "
             "combine. Drop renorm, or leave these at their defaults."
         )
-    limits = to_limits(renorm, renorm_clipping)
+    limits = to_limits(renorm_clipping) if renorm else None
     fusable = not renorm and batch_weights is None and adjustment is None
     settings = Settings(
         axes=feature_axis(data_format),

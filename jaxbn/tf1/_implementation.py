@@ -13,6 +13,7 @@ from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
 from jaxbn._layers.ghost_batches import Groups
 from jaxbn._typing import Axes, Shape
+from jaxbn.tf1._arguments import FUSED_EPSILON
 from jaxbn.tf1._variables import BIASED, LOCAL_STEP, variable_shape
 
 _MOVING = ("moving_mean", "moving_variance")
@@ -43,7 +44,7 @@ class Implementation(NamedTuple):
 
     def floor(self, epsilon: float) -> float:
         """Returns the epsilon that the kernel used."""
-        return max(epsilon, 1.001e-5) if self.fused else epsilon
+        return max(epsilon, FUSED_EPSILON) if self.fused else epsilon
 
 
 def refuse_wide(dtype: jnp.dtype, remedy: str) -> None:
