@@ -22,6 +22,8 @@ __all__ = [
     "scale_penalty",
 ]
 
+AverageState.__module__ = ModelAverage.__module__ = __name__
+
 
 def decay_mask(params: PyTree) -> PyTree:
     """Tells which params weight decay is meant for: kernels, but no scale and no bias.

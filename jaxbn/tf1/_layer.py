@@ -47,6 +47,15 @@ class Layer:
         >>> y, state = layer.apply(params, state, x, training=True)
         >>> print(sorted(params), {name: str(array) for name, array in state.items()})
         ['beta', 'gamma'] {'moving_mean': '[1.]', 'moving_variance': '[1.]'}
+
+        A layer that is applied twice, and updated later, as from `UPDATE_OPS`:
+
+        >>> ya, _ = layer.apply(params, state, x, training=True)
+        >>> yb, _ = layer.apply(params, state, x + 4, training=True)
+        >>> state = layer.run_updates(params, state, x, training=True)
+        >>> state = layer.run_updates(params, state, x + 4, training=True)
+        >>> print(state["moving_mean"])
+        [3.75]
     """
 
     settings: Settings
@@ -170,19 +179,6 @@ class Layer:
 
         Raises:
             TypeError, ValueError: As `apply` does.
-
-        Example:
-            >>> import jax.numpy as jnp
-            >>> from jaxbn import tf1
-            >>> layer = tf1.batch_norm(decay=0.5)
-            >>> params, state = layer.init((2, 1))
-            >>> a, b = jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0]])
-            >>> ya, _ = layer.apply(params, state, a)
-            >>> yb, _ = layer.apply(params, state, b)
-            >>> state = layer.run_updates(params, state, a)
-            >>> state = layer.run_updates(params, state, b)
-            >>> print(state["moving_mean"])
-            [3.5]
         """
         return self.apply(params, state, x, training)[1]
 
