@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Finding:
 
     layer: str
     cause: str
-    severity: str
+    severity: Literal["error", "warning"]
     evidence: Mapping[str, float]
     message: str
     remedy: str

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 
@@ -28,7 +28,10 @@ def to_axes(axis: Any) -> int | tuple[int, ...]:
     return tuple(axes) if isinstance(axis, list) else axis
 
 
-def feature_axis(data_format: str) -> int:
+DataFormat: TypeAlias = Literal["NHWC", "NCHW"]
+
+
+def feature_axis(data_format: DataFormat) -> int:
     """Returns the axis of the channels."""
     if data_format not in ("NHWC", "NCHW"):
         raise ValueError(

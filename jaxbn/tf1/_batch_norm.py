@@ -4,8 +4,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jax.typing import ArrayLike
+
 from jaxbn._typing import Array, Initializer, Shape
-from jaxbn.tf1._arguments import check_decay, feature_axis, to_limits
+from jaxbn.tf1._arguments import DataFormat, check_decay, feature_axis, to_limits
 from jaxbn.tf1._implementation import Settings
 from jaxbn.tf1._layer import Layer, Regularizer
 
@@ -27,9 +29,9 @@ def batch_norm(
     variables_collections: Any = None,
     outputs_collections: Any = None,
     trainable: bool = True,
-    batch_weights: Array | None = None,
+    batch_weights: ArrayLike | None = None,
     fused: bool | None = None,
-    data_format: str = "NHWC",
+    data_format: DataFormat = "NHWC",
     zero_debias_moving_mean: bool = False,
     scope: Any = None,
     renorm: bool = False,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._dtypes import as_dtype, as_float
 from jaxbn._layers.batch_renorm import RenormStats
@@ -67,7 +68,7 @@ class Layer:
     regularizers: Mapping[str, Regularizer | None]
     constraints: Mapping[str, Constraint | None] = dataclasses.field(default_factory=dict)
     adjustment: Callable[[Shape], tuple[Array, Array]] | None = None
-    batch_weights: Array | None = None
+    batch_weights: ArrayLike | None = None
     activation_fn: Callable[[Array], Array] | None = None
 
     def init(
@@ -109,7 +110,7 @@ class Layer:
         self,
         params: Variables,
         state: Variables,
-        x: Array,
+        x: ArrayLike,
         training: bool | Array | None = None,
     ) -> tuple[Array, Variables]:
         """Returns the normalized `x`, and the state after TensorFlow's update operations.
@@ -160,7 +161,7 @@ class Layer:
         self,
         params: Variables,
         state: Variables,
-        x: Array,
+        x: ArrayLike,
         training: bool | Array | None = None,
     ) -> Variables:
         """Returns the state after TensorFlow's update operations, without the output.

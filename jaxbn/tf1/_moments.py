@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._dtypes import as_float
 from jaxbn._kernels.barriers import as_input
@@ -13,9 +14,9 @@ from jaxbn.tf1._arguments import ReducedAxes, axes_to_reduce, of_rank
 
 
 def moments(
-    x: Array,
+    x: ArrayLike,
     axes: ReducedAxes,
-    shift: Array | None = None,
+    shift: ArrayLike | None = None,
     name: str | None = None,
     keep_dims: bool = False,
 ) -> tuple[Array, Array]:
@@ -47,9 +48,9 @@ def moments(
 
 
 def weighted_moments(
-    x: Array,
+    x: ArrayLike,
     axes: ReducedAxes,
-    frequency_weights: Array,
+    frequency_weights: ArrayLike,
     name: str | None = None,
     keep_dims: bool = False,
 ) -> tuple[Array, Array]:
@@ -96,9 +97,9 @@ def _moments(
 
 
 def sufficient_statistics(
-    x: Array,
+    x: ArrayLike,
     axes: ReducedAxes,
-    shift: Array | None = None,
+    shift: ArrayLike | None = None,
     keep_dims: bool = False,
     name: str | None = None,
 ) -> tuple[Array, Array, Array, Array | None]:
@@ -140,10 +141,10 @@ def sufficient_statistics(
 
 
 def normalize_moments(
-    counts: Array,
-    mean_ss: Array,
-    variance_ss: Array,
-    shift: Array | None,
+    counts: ArrayLike,
+    mean_ss: ArrayLike,
+    variance_ss: ArrayLike,
+    shift: ArrayLike | None,
     name: str | None = None,
 ) -> tuple[Array, Array]:
     """`tf.nn.normalize_moments`: the moments from what `sufficient_statistics` returned.

@@ -1,6 +1,7 @@
 """TensorFlow's normalization of tensors by explicit moments."""
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._dtypes import as_float
 from jaxbn._kernels.affine import affine_map
@@ -8,16 +9,16 @@ from jaxbn._kernels.barriers import as_input
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array
-from jaxbn.tf1._arguments import feature_axis, of_rank
+from jaxbn.tf1._arguments import DataFormat, feature_axis, of_rank
 from jaxbn.tf1._implementation import Implementation, refuse_wide
 
 
 def nn_batch_normalization(
-    x: Array,
-    mean: Array,
-    variance: Array,
-    offset: Array | None,
-    scale: Array | None,
+    x: ArrayLike,
+    mean: ArrayLike,
+    variance: ArrayLike,
+    offset: ArrayLike | None,
+    scale: ArrayLike | None,
     variance_epsilon: float,
     name: str | None = None,
 ) -> Array:
@@ -69,13 +70,13 @@ def nn_batch_normalization(
 
 
 def fused_batch_norm(
-    x: Array,
-    scale: Array,
-    offset: Array,
-    mean: Array | None = None,
-    variance: Array | None = None,
+    x: ArrayLike,
+    scale: ArrayLike,
+    offset: ArrayLike,
+    mean: ArrayLike | None = None,
+    variance: ArrayLike | None = None,
     epsilon: float = 0.001,
-    data_format: str = "NHWC",
+    data_format: DataFormat = "NHWC",
     is_training: bool = True,
     name: str | None = None,
 ) -> tuple[Array, Array, Array]:
