@@ -85,7 +85,7 @@ class Ema:
         Returns:
             An `EmaState`.
         """
-        # Copies, so that donating the averaged tree does not take the average with it.
+        # Copies, so that donating the averaged tree does not delete the average.
         average = jax.tree.map(lambda leaf: _widened(jnp.array(leaf)), tree)
         return EmaState(average, jnp.zeros(()) if self.debias else None)
 
@@ -122,7 +122,7 @@ class Ema:
         rate = jnp.asarray(1 - (self.decay if decay is None else decay), jnp.float32)
         if num_updates is not None:
             n = jnp.asarray(num_updates).astype(jnp.float32)
-            # 1 - min(d, (1 + n) / (10 + n)), free of the cancellation near 1.
+            # This is 1 - min(d, (1 + n) / (10 + n)) without cancellation near 1.
             rate = jnp.maximum(rate, 9 / (10 + n))
         weight = state.weight
         if weight is not None:

@@ -1,4 +1,4 @@
-"""Optimizing models with normalization: roles of params, masks, penalties, averages."""
+"""Optimizing models with normalization: masks, labels, penalties, limits and averages."""
 
 from typing import TYPE_CHECKING
 

@@ -52,6 +52,6 @@ __all__ = [
     "to_torch",
 ]
 
-# Pickles and tracebacks name the public module, and so survive a move of the file.
+# Pickles and tracebacks then name the public module, whichever file defines a class.
 for _name in __all__:
     globals()[_name].__module__ = __name__

@@ -1,6 +1,7 @@
 """Finds which arrays belong to one layer by the names that a library gives them."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,15 +50,12 @@ class Naming:
         }
 
     def _readings(self, name: str) -> Iterator[tuple[str, str, str]]:
+        separator = re.escape(self.separator)
         for role, spellings in self.spellings.items():
             for spelling in spellings:
-                head, tail = spelling.split("*" + self.separator)
-                inner = name[len(head) : len(name) - len(tail)]
-                layer = inner.removesuffix(self.separator)
-                if layer == inner and layer:
-                    continue
-                if self.name(spelling, layer) == name:
-                    yield role, spelling, layer
+                head, tail = map(re.escape, spelling.split("*" + self.separator))
+                if match := re.fullmatch(f"{head}(?:(.+){separator})?{tail}", name):
+                    yield role, spelling, match[1] or ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

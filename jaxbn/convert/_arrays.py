@@ -14,7 +14,7 @@ from jaxbn._state import BatchNormParams
 from jaxbn._typing import Array, Axes
 from jaxbn.convert._array_names import LayerArrays
 
-# PyTorch gives no NumPy array of these: their bits are read as integers.
+# PyTorch cannot convert these dtypes to NumPy, so their bits are read as integers.
 _BITS = {
     "torch.bfloat16": ("int16", jnp.bfloat16),
     "torch.float8_e4m3fn": ("int8", jnp.float8_e4m3fn),
@@ -163,7 +163,7 @@ def to_stats(*arrays: np.ndarray) -> list[Array]:
 
 def plain(bn: Any, library: str) -> BatchNorm:
     """Returns `bn`, or raises if it is none of the plain layers that `library` has."""
-    # What wraps a layer trains in a way of its own.
+    # A normalizer that wraps another in its field `bn` trains differently from it.
     if not hasattr(bn, "bn") and hasattr(bn, "momentum") and hasattr(bn, "epsilon"):
         return bn
     raise TypeError(
@@ -195,7 +195,7 @@ def expanded(
 
 def share(decay: float, steps: int) -> Any:
     """Returns 1 - decay^steps as float32 has it, as a scalar of NumPy."""
-    # In float32 where the counters are kept, as the sources compute it.
+    # Haiku and Equinox compute this in float32.
     return np.float32(1) - np.power(np.float32(decay), np.float32(steps))
 
 

@@ -1,4 +1,4 @@
-"""A batch norm that came from another library, and its way back."""
+"""Reads one layer of another library, and writes it back bit for bit."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ Bn = TypeVar("Bn", bound=Normalizer, covariant=True)
 Stats = TypeVar("Stats", covariant=True)
 Layer = TypeVar("Layer", bound="Converted[Any, Any]")
 Read: TypeAlias = Callable[[LayerArrays], Layer]
-# From a layer and the arrays that it came from, which may be none, to arrays.
+# Returns arrays by role, given a layer and the arrays that it was read from, if any.
 Write: TypeAlias = Callable[[Any, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 

@@ -1,4 +1,4 @@
-"""Equinox: `eqx.nn.BatchNorm`, in both of its modes."""
+"""Converts `eqx.nn.BatchNorm` of Equinox, in both of its modes."""
 
 import functools
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What the buffers of Equinox's batch norm mean, in both of its modes."""
+"""Computes running statistics from the buffers of Equinox's batch norm, and back."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
@@ -72,7 +72,7 @@ def _read_ema(
     first_time = bool(found.count("first_time"))
     roles = ("scale", "bias")
     if not first_time:
-        # Before the first batch they are memory that nothing was written to.
+        # Before the first batch Equinox leaves both buffers uninitialized.
         found.require("mean", "var")
         roles += ("mean", "var")
     read = checked(found, roles)

@@ -88,7 +88,7 @@ def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> dict[
             return read(file, limit)
         except (ImportError, MemoryError):
             raise
-        # A parser that meets a hostile file may fail in any way.
+        # A parser may raise any exception on a hostile file.
         except Exception as error:
             raise CheckpointError(
                 f"{path} cannot be read as {path.suffix}: {_reason(error)}. Nothing of it "

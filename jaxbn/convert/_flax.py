@@ -1,4 +1,4 @@
-"""Flax: `linen.BatchNorm` in variables trees, and `nnx.BatchNorm` in pure dicts."""
+"""Converts Flax: `linen.BatchNorm` in variables, and `nnx.BatchNorm` in pure dicts."""
 
 import dataclasses
 import functools

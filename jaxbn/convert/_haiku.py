@@ -1,4 +1,4 @@
-"""Haiku: `hk.BatchNorm`, with its parameters and its zero-debiased averages."""
+"""Converts `hk.BatchNorm` of Haiku: its params and its zero-debiased averages."""
 
 import functools
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Keras 3 and tf.keras: `BatchNormalization`, by the paths of its variables."""
+"""Converts `BatchNormalization` of Keras 3 and tf.keras by the paths of its variables."""
 
 import functools
 from collections.abc import Mapping, Sequence

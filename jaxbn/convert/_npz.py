@@ -1,4 +1,4 @@
-"""The .npz format, a zip of .npy members: arrays of numbers only, and never a pickle."""
+"""Reads and writes .npz files: zips of .npy arrays of numbers, and never a pickle."""
 
 import io
 import math
@@ -44,7 +44,7 @@ def _array(name: str, content: bytes) -> np.ndarray:
     except Exception as error:
         raise ValueError(f"the header of {name!r} is broken ({error})") from error
     check_numbers(name, dtype)
-    # Before NumPy allocates what the header asks for.
+    # Checked first, since NumPy allocates as much memory as the header asks for.
     size = len(content) - buffer.tell()
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size:
         raise ValueError(

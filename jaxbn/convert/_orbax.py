@@ -1,4 +1,4 @@
-"""The folders that Orbax writes, read through Orbax as NumPy arrays."""
+"""Reads the folders that Orbax writes, as NumPy arrays."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ def read_orbax(path: Path, max_bytes: int | None) -> Any:
             saved = checkpointer.metadata(item.resolve()).item_metadata
             size = _size(saved)
             if max_bytes is None or size <= max_bytes:
-                # As NumPy arrays, whatever devices they were saved from.
+                # NumPy arrays, since the devices they were saved from may not be here.
                 as_numpy = jax.tree.map(
                     lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved
                 )
@@ -49,7 +49,7 @@ def _item(path: Path) -> Path:
     steps = [child for child in path.iterdir() if child.is_dir() and child.name.isdecimal()]
     if steps:
         path = max(steps, key=lambda child: int(child.name))
-    # What a manager saved together lies in folders of its own.
+    # A CheckpointManager saves each item in a folder below that of the step.
     for item in [path, *sorted(child for child in path.iterdir() if child.is_dir())]:
         if (item / "_METADATA").exists():
             return item

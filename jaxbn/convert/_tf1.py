@@ -1,4 +1,4 @@
-"""TensorFlow 1: the variables of `tf.layers` and `tf.contrib.layers` in a checkpoint."""
+"""Converts the variables of TensorFlow 1's `tf.layers` and `tf.contrib.layers`."""
 
 import functools
 from collections.abc import Mapping, Sequence

@@ -90,7 +90,7 @@ def write_variables(
 ) -> dict[str, np.ndarray]:
     """Returns the variables of a layer by their roles."""
     stats = layer.state._asdict()
-    # A renormalizing layer wraps the one that its inference is.
+    # A BatchRenorm holds the BatchNorm with its settings in `bn`.
     inner: Any = layer.bn
     bn = plain(inner.bn if "renorm_mean" in stats else inner, "Keras")
     stats.pop("weight", None)

@@ -1,4 +1,4 @@
-"""PyTorch: `torch.nn.BatchNorm1d`, `2d`, `3d`, `SyncBatchNorm`, and their state dicts."""
+"""Converts `BatchNorm1d`, `2d`, `3d` and `SyncBatchNorm` in state dicts of PyTorch."""
 
 import functools
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The files of torch.save, through PyTorch and its unpickler that loads only tensors."""
+"""Reads files of torch.save with PyTorch's unpickler that loads only tensors."""
 
 import pickle
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxbn.convert._arrays import from_tensor
 
-# Bounds on what a hostile file may nest and repeat; no real checkpoint comes near.
+# Limits against hostile files; no real checkpoint comes near them.
 _DEPTH, _ENTRIES = 16, 1_000_000
 
 
@@ -25,7 +25,7 @@ def read_torch(file: BinaryIO, limit: int) -> dict[str, np.ndarray]:
     try:
         tree = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Without PyTorch's own words, which advise to run it.
+        # PyTorch's own message is dropped, since it advises to unpickle the file anyway.
         reason = "it holds more than tensors, or is broken, and running it is refused"
         raise ValueError(reason) from (None if "weights_only" in str(error) else error)
     arrays, total = {}, 0

@@ -1,4 +1,4 @@
-"""All batch norms of a model, found by their names; what was left; and the way back."""
+"""Finds all batch norms of a model by their names, and puts changed ones back."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""What is wrong with the statistics of a trained model, in words, with the remedy."""
+"""Says what is wrong with the statistics of a trained model, and what to do about it."""
 
 from jaxbn.diagnose._diagnose import diagnose
 from jaxbn.diagnose._report import Finding, LayerReport, Report
@@ -10,6 +10,6 @@ __all__ = [
     "diagnose",
 ]
 
-# Pickles and tracebacks name the public module, and so survive a move of the file.
+# Pickles and tracebacks then name the public module, whichever file defines a class.
 for _name in __all__:
     globals()[_name].__module__ = __name__

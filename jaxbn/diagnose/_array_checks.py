@@ -1,4 +1,4 @@
-"""What the params and the statistics alone tell: findings of one layer at a time."""
+"""Checks the params and the statistics of one layer, without any data."""
 
 from collections.abc import Iterator
 
@@ -7,13 +7,13 @@ import numpy as np
 from jaxbn.diagnose._find_norms import NormArrays
 from jaxbn.diagnose._report import Finding, as_evidence
 
-# A channel below this share of the typical one passes nothing on.
+# A channel is dead if its output varies less than this share of the median channel.
 _DEAD = 1e-3
-# A standard deviation so many times the typical one, or one near float16's largest number.
+# A channel explodes at so many times the median, or near the largest float16, 65504.
 _EXPLODING, _LARGEST = 300.0, 1e4
-# Below this an average follows the last batch; 0.1 is PyTorch's default.
+# A decay below this is taken for PyTorch's momentum, whose default is 0.1.
 _FAST = 0.5
-# How much of the initial statistics may be left.
+# The largest share of the initial statistics that may be left.
 _LEFT = 0.05
 _REESTIMATE = "Estimate the statistics anew from training data"
 
@@ -145,7 +145,7 @@ def _exploding(layer: NormArrays, _: float) -> Finding | None:
     many = np.zeros(layer.var.shape, bool)
     for field, size in sizes.items():
         typical = max(float(np.median(size)), 1.0) if size.size else 1.0
-        # Means lie where the data lie, so only their size tells.
+        # The mean may lie anywhere, so it is compared with float16 alone, not with others.
         many |= size > (
             _LARGEST if field == "mean" else min(_EXPLODING * typical, _LARGEST)
         )

@@ -1,4 +1,4 @@
-"""What batches tell: statistics that do not fit them, and which mistake explains it."""
+"""Checks statistics against batches, and finds the mistake that explains a difference."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -10,19 +10,22 @@ from jaxbn.diagnose._find_norms import NormArrays
 from jaxbn.diagnose._measure import Gap, Measurement
 from jaxbn.diagnose._report import Finding, as_evidence
 
-# Standard deviations of a batch mean, as 6 independent elements per feature have.
+# Batches are small if their means lie so many standard deviations apart: 1 / sqrt(6).
 _NOISY = 0.4
-# How many times the variance of its mean may exceed that of a batch drawn at random.
+# Batches are unlike each other if the variance of their means is so many times that of
+# batches drawn at random.
 _UNLIKE = 4
-# How far statistics may lie from the batches: a part of the standard deviation, a factor
-# on it, and so many times what sampling explains.
+# Statistics drift if the means lie so many standard deviations from the batches, or the
+# standard deviations differ by so large a factor, and that by so many times the sampling
+# error.
 _SHIFT, _STRETCH, _SAMPLING = 0.4, 1.6, 5.0
-# What is left of the initial statistics, and how much of the drift that must explain.
+# Statistics have not converged if more than this share of the initial ones is left, and
+# if that explains so much of the drift.
 _LEFT, _FIT = 0.05, 0.7
-# By how much running deviations are wider, as a logarithm: in this share of the layers,
-# and on average over the layers.
+# Weights were averaged if the logarithm of running over batch standard deviation exceeds
+# _WIDE in a share _MOST of the layers, and _WIDE_MEAN on average.
 _WIDE, _MOST, _WIDE_MEAN = 0.05, 0.7, 0.07
-# The standard deviations of the output that evaluation may be off.
+# Evaluation may be off by so many standard deviations of the output.
 _GAP = 0.5
 
 
@@ -90,7 +93,7 @@ def explain_drift(
     if not measured:
         return
     left, fit = _initial_share([row[:2] for row in measured])
-    # Where the steps were counted, enough of them rule the pattern out.
+    # If the steps are known and were enough, the statistics have converged.
     possible = any(not seen.momentum**steps < _LEFT / 2 for _, seen, _ in measured)
     if possible and left > _LEFT and fit > _FIT:
         for layer, seen, _ in measured:

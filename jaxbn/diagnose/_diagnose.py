@@ -1,4 +1,4 @@
-"""`diagnose`: from the variables of a model, and perhaps batches, to a report."""
+"""Runs every check on the variables of a model, and on batches where there are some."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,7 +88,7 @@ def diagnose(
         findings += check_values(layer, epsilon)
     reports = [LayerReport(layer.name, layer.var.size) for layer in layers]
     if apply is not None:
-        # Drift that a finding has explained is not explained twice.
+        # A layer with an error of its own drifts because of it.
         explained = {f.layer for f in findings if f.severity == "error"}
         run = _Run(variables, layers, apply, list(batches), epsilon)
         reports, more = _measure(run, explained, math.nan if steps is None else steps)
@@ -117,21 +117,16 @@ def _measure(
     run: _Run, explained: set[str], steps: float
 ) -> tuple[list[LayerReport], list[Finding]]:
     """Returns what the batches say, as numbers and as findings."""
-    layers = run.layers
-    measurements = measure_layers(run.variables, layers, run.apply, run.batches)
-    drifts = [
-        measure_drift(*pair, run.epsilon) for pair in zip(layers, measurements, strict=True)
+    variables, layers, apply, batches, epsilon = run
+    measurements = measure_layers(variables, layers, apply, batches)
+    rows = [
+        (layer, seen, measure_drift(layer, seen, epsilon))
+        for layer, seen in zip(layers, measurements, strict=True)
     ]
-    findings = []
-    for layer, seen in zip(layers, measurements, strict=True):
-        findings += check_batches(layer.name, seen)
-    unexplained = [
-        (layer, seen, drift)
-        for layer, seen, drift in zip(layers, measurements, drifts, strict=True)
-        if layer.name not in explained
-    ]
+    findings = [each for layer, seen, _ in rows for each in check_batches(layer.name, seen)]
+    unexplained = [row for row in rows if row[0].name not in explained]
     findings += explain_drift(unexplained, steps)
-    gap = measure_gap(run.variables, layers, measurements, run.apply, run.batches)
+    gap = measure_gap(variables, layers, measurements, apply, batches)
     findings += check_gap(layers, measurements, gap)
     reports = [
         LayerReport(
@@ -143,9 +138,7 @@ def _measure(
             noise=seen.noise,
             gap=alone,
         )
-        for layer, seen, drift, alone in zip(
-            layers, measurements, drifts, gap.alone, strict=True
-        )
+        for (layer, seen, drift), alone in zip(rows, gap.alone, strict=True)
     ]
     return reports, findings
 

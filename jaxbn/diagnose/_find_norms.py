@@ -14,7 +14,7 @@ from jaxbn._typing import PyTree
 
 Names = tuple[str, ...]
 
-# A node that torch, keras and Haiku name a layer by, without a node for the statistic.
+# PyTorch joins the names of a path with dots, Keras and Haiku with slashes.
 _SPLIT = re.compile(r"[./]")
 
 
@@ -63,11 +63,12 @@ def find_norms(tree: PyTree) -> list[NormArrays]:
     layers = []
     for base in parents:
         leaves = _statistics(base, index)
-        if leaves is None or _shape(arrays[leaves["mean"]]) != _shape(
-            arrays[leaves["var"]]
-        ):
+        if leaves is None:
             continue
-        trunk, params = _params(base, index, arrays, _shape(arrays[leaves["mean"]]))
+        shape = np.shape(arrays[leaves["mean"]])
+        if shape != np.shape(arrays[leaves["var"]]):
+            continue
+        trunk, params = _params(base, index, arrays, shape)
         leaves |= params
         found = {field: _as_float64(arrays[i], base) for field, i in leaves.items()}
         layers.append(NormArrays(_name(base, trunk), found, leaves))
@@ -87,7 +88,7 @@ def _statistics(base: Names, index: Mapping[Names, int]) -> dict[str, int] | Non
         number = _lookup(base, names_of_role(field), index)
         if number is not None:
             leaves[field] = number
-    # Torch's weight is its scale, and lies beside running_mean; ours beside mean.
+    # Beside `mean`, `weight` is that of BatchStats; beside `running_mean`, PyTorch's scale.
     if (*base, "mean") in index and (*base, "weight") in index:
         leaves["weight"] = index[*base, "weight"]
     return leaves if leaves.keys() >= {"mean", "var"} else None
@@ -151,10 +152,6 @@ def _split(names: Names) -> Names:
     """Returns the nodes of a path, those within a flat name and a tensor's :0 included."""
     nodes = [node for name in names for node in _SPLIT.split(name.removesuffix(":0"))]
     return tuple(node for node in nodes if node)
-
-
-def _shape(array: Any) -> tuple[int, ...]:
-    return np.shape(array)
 
 
 def _as_float64(array: Any, base: Names) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Runs a model to measure its layers: their batches, their momentum, what they do alone."""
+"""Runs a model on batches to measure its layers: moments, momentum, share of the error."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -169,7 +169,7 @@ def _momentum(
 ) -> float:
     weight = layer.leaves.get("weight")
     if weight is not None:
-        # After the first batch, 1 for a cumulative mean and 1 - m for a debiased average.
+        # After the first batch the weight is 1 for a cumulative mean, 1 - m if debiased.
         after = float(np.median(first[weight]))
         return np.nan if after == 1 else 1 - after
     number = layer.leaves.get("std", layer.leaves["var"])
@@ -221,7 +221,7 @@ def _leaves_after(tree: PyTree, apply: Apply, batch: Any) -> list[np.ndarray]:
         )
     after = result[1]
     if jax.tree.structure(after) != jax.tree.structure(tree):
-        # Linen returns the collections that were mutable, and only these.
+        # A linen model returns only the collections that were mutable.
         try:
             after = type(tree)({**tree, **after})
         except TypeError:

@@ -1,4 +1,4 @@
-"""What a diagnosis says: findings and a table of layers, for programs and for people."""
+"""The result of a diagnosis: findings and a table of the layers, and how they print."""
 
 import dataclasses
 import math
@@ -131,7 +131,7 @@ class Report:
         axes = figure.subplots(1, max(len(measured), 1), sharey=True, squeeze=False)[0]
         colors = ["tab:red" if row.name in marked else "tab:blue" for row in self.layers]
         for axis, name in zip(axes, measured or ["features"], strict=True):
-            # What is not finite has no length to draw.
+            # Matplotlib cannot draw bars of a length that is not finite.
             lengths = [n if math.isfinite(n) else 0 for n in self._all(name)]
             axis.barh(rows, lengths, color=colors)
             axis.set_title(name)

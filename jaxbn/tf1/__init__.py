@@ -46,7 +46,7 @@ __all__ = [
     "weighted_moments",
 ]
 
-# Pickles and tracebacks name the public module, and so survive a move of the file.
+# Pickles and tracebacks then name the public module, whichever file defines a class.
 for _name in __all__:
     if hasattr(_value := globals()[_name], "__module__"):
         _value.__module__ = __name__

@@ -1,4 +1,4 @@
-"""What computes a layer for inputs of one shape and dtype: a normalizer of the core."""
+"""Chooses the implementation that TensorFlow 1.15 used, and a normalizer equal to it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -122,7 +122,7 @@ class Settings:
     zero_debias: bool = False
 
     def __post_init__(self):
-        # The core refuses what it cannot compute with; better now than at the first batch.
+        # Built here so that invalid settings raise now and not at the first batch.
         self._normalizer(
             Implementation(fused=False, layer_class=True), jnp.dtype(jnp.float32)
         )
@@ -175,7 +175,7 @@ class Settings:
         """Returns the names and shapes of the tracked variables."""
         names = _MOVING if self.renorm_decay is None else _MOVING + _RENORM
         shapes: dict[str, Shape] = dict.fromkeys(names, layer.shape)
-        # Inference neither needs nor minds what debiases the moving mean.
+        # Inference takes a state with or without the variables of zero debiasing.
         if debiases or (self.zero_debias and BIASED in state):
             shapes |= {BIASED: layer.shape, LOCAL_STEP: ()}
         return shapes

@@ -1,4 +1,4 @@
-"""What `batch_normalization` and `batch_norm` return: a layer over named variables."""
+"""The layer over named variables that `batch_normalization` and `batch_norm` return."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -146,7 +146,7 @@ class Layer:
         kind = BatchStats if self.limits is None else RenormStats
         stats = to_fields(kind, state, shaped.features)
         if debiases:
-            # The average that training moves is not the one that inference reads.
+            # Training updates the biased average; inference reads the debiased one.
             stats = stats._replace(mean=jnp.where(training, state[BIASED], stats.mean))
         trained = to_fields(BatchNormParams, params, shaped.features)
         options = self._options(shaped, x, mode)

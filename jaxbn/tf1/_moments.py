@@ -1,4 +1,4 @@
-"""TensorFlow's moments of tensors, at once and by way of sums."""
+"""TensorFlow's moments of tensors, and the sums from which they follow."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""TensorFlow's normalization of tensors by explicit moments."""
+"""TensorFlow's functions that normalize a tensor by given moments."""
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -132,7 +132,7 @@ def fused_batch_norm(
             "that it is given."
         )
     kernel = Implementation(fused=True, layer_class=False)
-    # With momentum 0 the new state is nothing but the moments of the batch.
+    # With momentum 0 the new state equals the moments of the batch.
     bn = BatchNorm(feature_axes=axis, momentum=0.0, epsilon=kernel.floor(epsilon), ddof=1)
     start = jnp.zeros(x.shape[axis])
     moments = BatchStats(

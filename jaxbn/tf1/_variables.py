@@ -1,4 +1,4 @@
-"""TensorFlow's names and shapes of variables, and what they are in the core."""
+"""Translates between TensorFlow's variables and the NamedTuples of the core."""
 
 import functools
 from collections.abc import Mapping
