@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from jaxbn._norm_names import LINEAR_LAYERS, NORM_LAYERS
 from jaxbn._typing import PyTree
 
 Path = tuple[Any, ...]
 
-_NORM = r"batch_?norm|norm|(?<![a-z])bn(?![a-z])"
-_LINEAR = r"conv_?transpose|conv|dense|linear|(?<![a-z])fc(?![a-z])"
-_WORDS = re.compile(f"{_NORM}|{_LINEAR}", re.IGNORECASE)
+_WORDS = re.compile(f"{NORM_LAYERS}|{LINEAR_LAYERS}", re.IGNORECASE)
 
 
 class Layers(NamedTuple):

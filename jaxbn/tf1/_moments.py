@@ -1,20 +1,21 @@
-"""TensorFlow's moments of tensors, at once and by way of sums."""
+"""TensorFlow's moments of tensors, and the sums from which they follow."""
 
 import math
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._dtypes import as_float
 from jaxbn._statistics.moments import batch_moments
 from jaxbn._statistics.weights import prepare_weights
 from jaxbn._typing import Array
-from jaxbn.tf1._axes import ReducedAxes, canonical, of_rank
+from jaxbn.tf1._arguments import ReducedAxes, axes_to_reduce, of_rank
 
 
 def moments(
-    x: Array,
+    x: ArrayLike,
     axes: ReducedAxes,
-    shift: Array | None = None,
+    shift: ArrayLike | None = None,
     name: str | None = None,
     keep_dims: bool = False,
 ) -> tuple[Array, Array]:
@@ -46,9 +47,9 @@ def moments(
 
 
 def weighted_moments(
-    x: Array,
+    x: ArrayLike,
     axes: ReducedAxes,
-    frequency_weights: Array,
+    frequency_weights: ArrayLike,
     name: str | None = None,
     keep_dims: bool = False,
 ) -> tuple[Array, Array]:
@@ -86,7 +87,7 @@ def weighted_moments(
 def _moments(
     x: Array, weights: Array | None, axes: ReducedAxes, keep_dims: bool
 ) -> tuple[Array, Array]:
-    axes = canonical(axes, x.ndim)
+    axes = axes_to_reduce(axes, x.ndim)
     weights = prepare_weights(weights, x, axes)
     mean, var, _ = batch_moments(x, weights, axes)
     if keep_dims:
@@ -95,9 +96,9 @@ def _moments(
 
 
 def sufficient_statistics(
-    x: Array,
+    x: ArrayLike,
     axes: ReducedAxes,
-    shift: Array | None = None,
+    shift: ArrayLike | None = None,
     keep_dims: bool = False,
     name: str | None = None,
 ) -> tuple[Array, Array, Array, Array | None]:
@@ -129,7 +130,7 @@ def sufficient_statistics(
         2.0 [4.] [10.] None
     """
     x = as_float(x)
-    axes = canonical(axes, x.ndim)
+    axes = axes_to_reduce(axes, x.ndim)
     count = jnp.asarray(math.prod(x.shape[axis] for axis in axes), x.dtype)
     if shift is not None:
         shift = jnp.asarray(shift).astype(x.dtype)
@@ -139,10 +140,10 @@ def sufficient_statistics(
 
 
 def normalize_moments(
-    counts: Array,
-    mean_ss: Array,
-    variance_ss: Array,
-    shift: Array | None,
+    counts: ArrayLike,
+    mean_ss: ArrayLike,
+    variance_ss: ArrayLike,
+    shift: ArrayLike | None,
     name: str | None = None,
 ) -> tuple[Array, Array]:
     """`tf.nn.normalize_moments`: the moments from what `sufficient_statistics` returned.
