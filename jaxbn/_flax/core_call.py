@@ -16,7 +16,7 @@ from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape
 
 
-def as_input(x: Array, dtype: DTypeLike | None) -> Array:
+def as_inexact(x: Array, dtype: DTypeLike | None) -> Array:
     """Returns `x` as the core takes it; Flax takes integers and NumPy arrays too."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -39,7 +39,7 @@ def feature_axes(axis: Axes, ndim: int) -> tuple[int, ...]:
     return tuple(sorted({int(a) + ndim if a < 0 else int(a) for a in axes}))
 
 
-def feature_sizes(axis: Axes, shape: Shape) -> Shape:
+def variable_shape(axis: Axes, shape: Shape) -> Shape:
     """Returns the shape of the variables of a layer for inputs of `shape`."""
     axes = feature_axes(axis, len(shape))
     if not all(0 <= a < len(shape) for a in axes):
@@ -140,7 +140,7 @@ def feature_axes_of(normalizer: Normalizer) -> Axes:
 
 def num_features_of(normalizer: Normalizer, shape: Shape) -> int | Shape:
     """Returns what `normalizer.init` is to be called with for inputs of `shape`."""
-    sizes = feature_sizes(feature_axes_of(normalizer), shape)
+    sizes = variable_shape(feature_axes_of(normalizer), shape)
     return sizes[0] if len(sizes) == 1 else sizes
 
 

@@ -1,7 +1,7 @@
 """The norms and linear layers of a tree of variables, and which belong together by name."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -88,6 +88,57 @@ def find_pairs(variables: Mapping[str, PyTree]) -> tuple[tuple[str, str], ...]:
     # Two norms with one partner are told apart by nothing.
     partners = [linear for linear, _ in pairs]
     return tuple(pair for pair in pairs if partners.count(pair[0]) == 1)
+
+
+def all_pairs(variables: Mapping[str, PyTree], layers: Layers) -> Any:
+    pairs = find_pairs(variables)
+    lonely = sorted(set(layers.norms) - {norm for _, norm in pairs})
+    if lonely:
+        raise ValueError(
+            f"the names do not tell which linear layers {lonely} come after, among "
+            f"{sorted(layers.linears)}. Pass pairs=[(linear, norm), ...], or "
+            "pairs=jaxbn.find_pairs(variables) to leave these norms as they are."
+        )
+    return pairs
+
+
+def checked_pairs(layers: Layers, pairs: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """Returns the pairs, each a norm and a linear layer, none of them folded twice."""
+    used: set[Any] = set()
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) < 2:
+            raise ValueError(
+                f"{pair!r} is no pair of layers. Write (linear, norm) or (norm, linear)."
+            )
+        if len(pair) > 2:
+            raise ValueError(
+                f"between {pair[0]} and {pair[-1]} lies {', '.join(pair[1:-1])}, and a "
+                "norm moves past no activation: folding is exact for neighbours only. "
+                "Leave this pair out."
+            )
+        kinds = {name in layers.norms: name for name in pair if name in _names(layers)}
+        if len(kinds) != 2:
+            raise ValueError(
+                f"{tuple(pair)} is no pair of a norm and a linear layer: the norms are "
+                f"{sorted(layers.norms)}, the linear layers {sorted(layers.linears)}. "
+                "Write paths with slashes."
+            )
+        sides = (
+            kinds[True],
+            (kinds[False], "after" if pair[0] == kinds[False] else "before"),
+        )
+        for side in sides:
+            if side in used:
+                raise ValueError(
+                    f"{side if isinstance(side, str) else side[0]} is in two pairs. A norm "
+                    "is folded once, and a linear layer takes one norm on each side."
+                )
+        used |= set(sides)
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def _names(layers: Layers) -> set[str]:
+    return {*layers.norms, *layers.linears}
 
 
 def split(variables: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 
 from jaxbn._fold.affine import Affine, affine_of
 from jaxbn._fold.kernels import fold, fold_into_next
-from jaxbn._fold.pairs import Layers, Path, find_layers, find_pairs, node_at, split
+from jaxbn._fold.pairs import (
+    Path,
+    all_pairs,
+    checked_pairs,
+    find_layers,
+    node_at,
+    split,
+)
 from jaxbn._typing import PyTree
 
 # What `fold` does not need to know.
@@ -142,57 +149,6 @@ def _made(tree: PyTree, path: Path) -> dict[str, Any]:
     for key in path:
         tree = tree.setdefault(key, {})
     return tree
-
-
-def all_pairs(variables: Mapping[str, PyTree], layers: Layers) -> Any:
-    pairs = find_pairs(variables)
-    lonely = sorted(set(layers.norms) - {norm for _, norm in pairs})
-    if lonely:
-        raise ValueError(
-            f"the names do not tell which linear layers {lonely} come after, among "
-            f"{sorted(layers.linears)}. Pass pairs=[(linear, norm), ...], or "
-            "pairs=jaxbn.find_pairs(variables) to leave these norms as they are."
-        )
-    return pairs
-
-
-def checked_pairs(layers: Layers, pairs: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
-    """Returns the pairs, each a norm and a linear layer, none of them folded twice."""
-    used: set[Any] = set()
-    for pair in pairs:
-        if isinstance(pair, str) or len(pair) < 2:
-            raise ValueError(
-                f"{pair!r} is no pair of layers. Write (linear, norm) or (norm, linear)."
-            )
-        if len(pair) > 2:
-            raise ValueError(
-                f"between {pair[0]} and {pair[-1]} lies {', '.join(pair[1:-1])}, and a "
-                "norm moves past no activation: folding is exact for neighbours only. "
-                "Leave this pair out."
-            )
-        kinds = {name in layers.norms: name for name in pair if name in _names(layers)}
-        if len(kinds) != 2:
-            raise ValueError(
-                f"{tuple(pair)} is no pair of a norm and a linear layer: the norms are "
-                f"{sorted(layers.norms)}, the linear layers {sorted(layers.linears)}. "
-                "Write paths with slashes."
-            )
-        sides = (
-            kinds[True],
-            (kinds[False], "after" if pair[0] == kinds[False] else "before"),
-        )
-        for side in sides:
-            if side in used:
-                raise ValueError(
-                    f"{side if isinstance(side, str) else side[0]} is in two pairs. A norm "
-                    "is folded once, and a linear layer takes one norm on each side."
-                )
-        used |= set(sides)
-    return [(pair[0], pair[1]) for pair in pairs]
-
-
-def _names(layers: Layers) -> set[str]:
-    return {*layers.norms, *layers.linears}
 
 
 def _epsilon_of(epsilon: float | Mapping[str, float], norm: str) -> float:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxbn._flax.core_call import (
-    as_input,
+    as_inexact,
     call_batch_norm,
-    feature_sizes,
     result_dtype,
     stats_dtype,
+    variable_shape,
     zero_stats,
 )
 from jaxbn._flax.gathered_leaves import gathered_like
@@ -119,11 +119,11 @@ class BatchNorm(nn.Module):
                 missing, or not mutable in training; mask or weights do not fit x.
         """
         training = training_of(self, self.use_running_average, use_running_average)
-        x = as_input(x, self.dtype)
+        x = as_inexact(x, self.dtype)
         if is_folded(self):
             dtype = result_dtype(self.dtype, x, jnp.zeros((), self.param_dtype))
             return call_folded(self, x, training, self.axis, dtype)
-        features = feature_sizes(self.axis, x.shape)
+        features = variable_shape(self.axis, x.shape)
         mean, var = _stats(self, features, x.dtype)
         scale = bias = None
         if self.use_scale:

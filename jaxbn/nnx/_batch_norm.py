@@ -10,10 +10,10 @@ from flax import nnx
 from flax.nnx.nn import dtypes, initializers
 
 from jaxbn._flax.core_call import (
-    as_input,
+    as_inexact,
     call_batch_norm,
-    feature_sizes,
     stats_dtype,
+    variable_shape,
     zero_stats,
 )
 from jaxbn._flax.gathered_leaves import gathered_like
@@ -159,8 +159,8 @@ class BatchNorm(nnx.Module):
                 those of the layer; mask or weights do not fit x.
         """
         training = training_of(self, use_running_average)
-        x = as_input(x, self.dtype)
-        features = feature_sizes(self.axis, x.shape)
+        x = as_inexact(x, self.dtype)
+        features = variable_shape(self.axis, x.shape)
         if features != _as_shape(self.num_features):
             raise ValueError(
                 f"x of shape {x.shape} has {_as_number(features)} features on "

@@ -10,8 +10,7 @@ from jaxbn._flax.core_call import result_dtype, stats_dtype
 from jaxbn._fold.affine import Affine, affine_of, settings_of, shifted
 from jaxbn._fold.kernels import fold as fold_arrays
 from jaxbn._fold.kernels import fold_into_next
-from jaxbn._fold.pairs import Path, find_layers
-from jaxbn._fold.tree import all_pairs, checked_pairs
+from jaxbn._fold.pairs import Path, all_pairs, checked_pairs, find_layers
 from jaxbn._typing import Array, DTypeLike
 from jaxbn.nnx._norm import Norm, assign
 
