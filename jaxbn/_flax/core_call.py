@@ -1,7 +1,8 @@
 """What the layers for Flax's two APIs share: a call of the core in Flax's terms."""
 
-from collections.abc import Iterable
-from typing import Any
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ from jaxbn._accumulation.state import Gathered
 from jaxbn._dtypes import at_least_float32, widest
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.normalizer import Normalizer
-from jaxbn._state import BatchNormParams, BatchStats
-from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape
+from jaxbn._state import BatchNormParams, BatchStats, is_stats
+from jaxbn._typing import Array, Axes, AxisGroups, DTypeLike, PyTree, Shape
 
 
 def as_inexact(x: Array, dtype: DTypeLike | None) -> Array:
@@ -84,29 +85,73 @@ def call_batch_norm(
         )
     axes = feature_axes(layer.axis, x.ndim)
     weights = _merge_mask(mask, weights, x.ndim)
-    # Flax lets every axis be a feature axis: a batch of one, told here as such.
+    # Flax allows every axis to be a feature axis; the core needs one to reduce, so add an
+    # axis of size 1.
     lone = len(axes) == x.ndim
     if lone:
         x, axes = x[None], tuple(axis + 1 for axis in axes)
         weights = None if weights is None else weights[None]
     axis_name = layer.axis_name if synchronize else None
-    bn = BatchNorm(
-        feature_axes=axes,
-        # The core divides by no 0; Flax's epsilon=0 means as little as possible.
-        epsilon=layer.epsilon or float(jnp.finfo(jnp.float32).tiny),
-        use_scale=params.scale is not None,
-        use_bias=params.bias is not None,
-        axis_name=axis_name,
-        axis_index_groups=None if axis_name is None else layer.axis_index_groups,
-        dtype=result_dtype(layer.dtype, x, *params, *together),
+    bn = _gathering_batch_norm(
+        axes,
+        inference_epsilon(layer.epsilon),
+        (params.scale is not None, params.bias is not None),
+        axis_name,
+        None if axis_name is None else _as_tuples(layer.axis_index_groups),
+        result_dtype(layer.dtype, x, *params, *together),
     )
-    plain = isinstance(state, BatchStats)
-    if plain and jnp.iscomplexobj(x) and not jnp.iscomplexobj(state.mean):
-        state = state._replace(mean=state.mean.astype(stats_dtype(x.dtype)))
-    y, state = Gather(bn).apply(
+    state = _widened(state, x)
+    y, state = bn.apply(
         params, state, x, training, weights=weights, momentum=layer.momentum
     )
     return y[0] if lone else y, state
+
+
+@functools.lru_cache(maxsize=1024)
+def _gathering_batch_norm(
+    axes: tuple[int, ...],
+    epsilon: float,
+    used: tuple[bool, bool],
+    axis_name: Any,
+    axis_index_groups: AxisGroups | None,
+    dtype: jnp.dtype,
+) -> Gather:
+    """Returns the core's layer; built and checked once for all layers of these settings."""
+    return Gather(
+        BatchNorm(
+            feature_axes=axes,
+            epsilon=epsilon,
+            use_scale=used[0],
+            use_bias=used[1],
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            dtype=dtype,
+        )
+    )
+
+
+def inference_epsilon(epsilon: float) -> float:
+    """Returns a positive epsilon: Flax's epsilon=0 means as little as possible."""
+    return float(epsilon) or float(jnp.finfo(jnp.float32).tiny)
+
+
+def _as_tuples(groups: Any) -> AxisGroups | None:
+    return None if groups is None else tuple(map(tuple, groups))
+
+
+def _widened(state: Any, x: Array) -> Any:
+    """Returns the statistics as complex as x, and in float32 where they are narrower.
+
+    In half precision a running average stalls: the step is below its last digit.
+    """
+    if not is_stats(state):
+        return state
+    mean, var = (
+        stat.astype(at_least_float32(stat.dtype)) for stat in (state.mean, state.var)
+    )
+    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
+        mean = mean.astype(stats_dtype(x.dtype))
+    return state._replace(mean=mean, var=var)
 
 
 def result_dtype(dtype: DTypeLike | None, *arrays: Array | None) -> jnp.dtype:
@@ -129,19 +174,47 @@ def _merge_mask(mask: Array | None, weights: Array | None, ndim: int) -> Array |
 
 
 def feature_axes_of(normalizer: Normalizer) -> Axes:
-    """Returns the feature axes that a normalizer, or what it wraps, has; or else -1."""
-    inner: Any = normalizer
-    while inner is not None:
-        if hasattr(inner, "feature_axes"):
-            return inner.feature_axes
-        inner = getattr(inner, "inner", getattr(inner, "bn", None))
-    return -1
+    """Returns the feature axes of a normalizer, which is free not to name any."""
+    return getattr(normalizer, "feature_axes", -1)
 
 
 def num_features_of(normalizer: Normalizer, shape: Shape) -> int | Shape:
     """Returns what `normalizer.init` is to be called with for inputs of `shape`."""
     sizes = variable_shape(feature_axes_of(normalizer), shape)
     return sizes[0] if len(sizes) == 1 else sizes
+
+
+class Leaves(NamedTuple):
+    """What a normalizer keeps: its params, then its state."""
+
+    kinds: tuple[PyTree, PyTree]
+    names: tuple[list[str], list[str]]
+
+    def unflatten(self, params: Sequence[Any], state: Sequence[Any]) -> tuple[Any, Any]:
+        """Returns the trees with these leaves."""
+        trees = zip(self.kinds, (params, state), strict=True)
+        built = (
+            jax.tree.unflatten(jax.tree.structure(kind), leaves) for kind, leaves in trees
+        )
+        return next(built), next(built)
+
+
+def leaves_of(
+    normalizer: Normalizer, num_features: int | Shape, options: Mapping[str, Any]
+) -> Leaves:
+    """Returns the leaves of `normalizer.init`, traced once where all can be hashed."""
+    key = normalizer, num_features, tuple(options.items())
+    try:
+        hash(key)
+    except TypeError:
+        return _leaves_of.__wrapped__(*key)
+    return _leaves_of(*key)
+
+
+@functools.lru_cache(maxsize=1024)
+def _leaves_of(normalizer: Any, num_features: Any, options: tuple[Any, ...]) -> Leaves:
+    kinds = jax.eval_shape(lambda: normalizer.init(num_features, **dict(options)))
+    return Leaves(kinds, leaf_names(*kinds))
 
 
 def leaf_names(params: PyTree, state: PyTree) -> tuple[list[str], list[str]]:

@@ -24,7 +24,7 @@ class Layers(NamedTuple):
 
 def find_layers(variables: Mapping[str, PyTree]) -> Layers:
     """Returns the layers of variables of linen, or of a nested dict of NNX."""
-    params, stats = split(variables)
+    params, stats = split(as_plain(variables))
     norms = {
         name_of(path): path
         for path, node in _nodes(stats)
@@ -50,7 +50,8 @@ def find_pairs(variables: Mapping[str, PyTree]) -> tuple[tuple[str, str], ...]:
     activation. `check_fold` tells.
 
     Args:
-        variables: Those of a linen model, or a nested dict of NNX.
+        variables: Those of a linen model, or a nested dict of NNX, also as Orbax returns
+            the state of an NNX model that it saved.
 
     Returns:
         Pairs (linear layer, norm) of paths, with slashes, for `fold_tree`. A norm without
@@ -66,6 +67,7 @@ def find_pairs(variables: Mapping[str, PyTree]) -> tuple[tuple[str, str], ...]:
         >>> jaxbn.find_pairs(tree)
         (('conv1', 'bn1'),)
     """
+    variables = as_plain(variables)
     params, stats = split(variables)
     layers = find_layers(variables)
     pairs = []
@@ -139,6 +141,27 @@ def checked_pairs(layers: Layers, pairs: Sequence[Sequence[str]]) -> list[tuple[
 
 def _names(layers: Layers) -> set[str]:
     return {*layers.norms, *layers.linears}
+
+
+def as_plain(tree: Mapping[Any, PyTree]) -> dict[Any, Any]:
+    """Returns a nested dict of its own with the same arrays.
+
+    Without the {"value": array} that Orbax writes for each variable of an `nnx.State`.
+    """
+    boxed = all(
+        key == "value" or isinstance(part, Mapping)
+        for _, node in _nodes(tree)
+        for key, part in node.items()
+    )
+    return {key: _copy(part, boxed) for key, part in tree.items()}
+
+
+def _copy(tree: PyTree, boxed: bool) -> PyTree:
+    if not isinstance(tree, Mapping):
+        return tree
+    if boxed and set(tree) == {"value"}:
+        return tree["value"]
+    return {key: _copy(part, boxed) for key, part in tree.items()}
 
 
 def split(variables: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:

@@ -10,7 +10,6 @@ from jax.nn import initializers
 from jaxbn._flax.core_call import (
     as_inexact,
     call_batch_norm,
-    result_dtype,
     stats_dtype,
     variable_shape,
     zero_stats,
@@ -18,7 +17,6 @@ from jaxbn._flax.core_call import (
 from jaxbn._flax.gathered_leaves import gathered_like
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Shape
-from jaxbn.linen._folded import call_folded, is_folded
 from jaxbn.linen._variables import gathering, statistic, tracks, training_of
 
 
@@ -120,9 +118,6 @@ class BatchNorm(nn.Module):
         """
         training = training_of(self, self.use_running_average, use_running_average)
         x = as_inexact(x, self.dtype)
-        if is_folded(self):
-            dtype = result_dtype(self.dtype, x, jnp.zeros((), self.param_dtype))
-            return call_folded(self, x, training, self.axis, dtype)
         features = variable_shape(self.axis, x.shape)
         mean, var = _stats(self, features, x.dtype)
         scale = bias = None
@@ -147,7 +142,9 @@ class BatchNorm(nn.Module):
             for variable, leaf in zip(
                 (mean, var, *more), jax.tree.leaves(state), strict=True
             ):
-                variable.value = leaf
+                # What was asked for in half precision stays so, as in Flax.
+                half = not self.force_float32_reductions
+                variable.value = leaf.astype(variable.value.dtype) if half else leaf
         return y
 
 

@@ -6,13 +6,20 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._flax.core_call import result_dtype, stats_dtype
-from jaxbn._fold.affine import Affine, affine_of, settings_of, shifted
+from jaxbn._flax.core_call import (
+    feature_axes_of,
+    inference_epsilon,
+    result_dtype,
+    stats_dtype,
+)
+from jaxbn._fold.affine import Affine, as_affine
 from jaxbn._fold.kernels import fold as fold_arrays
 from jaxbn._fold.kernels import fold_into_next
 from jaxbn._fold.pairs import Path, all_pairs, checked_pairs, find_layers
+from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, DTypeLike
-from jaxbn.nnx._norm import Norm, assign
+from jaxbn.nnx._norm import Norm, assign, trees_of
 
 M = TypeVar("M", bound=nnx.Module)
 _LINEAR = nnx.Linear, nnx.Conv, nnx.ConvTranspose
@@ -33,7 +40,7 @@ class Folded(nnx.Module):
                 "residual. Train the model from before fold; add the residual behind it."
             )
         others = (jnp.zeros((), dtype) for dtype in self.others)
-        return shifted(x, None, -1, result_dtype(self.dtype, x, *others))
+        return x.astype(result_dtype(self.dtype, x, *others))
 
 
 def fold(model: M, *, pairs: Sequence[Sequence[str]] | None = None) -> M:
@@ -93,7 +100,7 @@ def _fold_pair(model: nnx.Module, at_linear: Path, at_norm: Path, after: bool) -
     options: dict[str, Any] = {}
     if getattr(layer, "transpose_kernel", False):
         options |= {"in_axis": -1, "out_axis": -2}
-    bias = None if layer.bias is None else layer.bias[...]
+    bias = _value(layer.bias)
     if after:
         new = fold_arrays(kernel, bias, affine, **options)
     else:
@@ -121,10 +128,21 @@ def _fold_pair(model: nnx.Module, at_linear: Path, at_norm: Path, after: bool) -
 def _affine(norm: Any, rank: int) -> tuple[Affine, Folded]:
     """Returns what a norm is in inference, and what takes its place."""
     if isinstance(norm, Norm):
-        bn = settings_of(norm.normalizer)
-        axes, epsilon, folded = bn.feature_axes, bn.epsilon, Folded(bn.dtype)
+        normalizer = norm.normalizer
+        params, state, _ = trees_of(norm)
+        axes, folded = (
+            feature_axes_of(normalizer),
+            Folded(getattr(normalizer, "dtype", None)),
+        )
     else:
-        axes, epsilon = norm.axis, norm.epsilon
+        params = BatchNormParams(*map(_value, (norm.scale, norm.bias)))
+        state = BatchStats(*map(_value, (norm.mean, norm.var)))
+        normalizer = BatchNorm(
+            epsilon=inference_epsilon(norm.epsilon),
+            use_scale=params.scale is not None,
+            use_bias=params.bias is not None,
+        )
+        axes = norm.axis
         folded = Folded(norm.dtype, stats_dtype(norm.param_dtype))
     axes = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
     if axes not in ((-1,), (rank - 1,)):
@@ -132,10 +150,11 @@ def _affine(norm: Any, rank: int) -> tuple[Affine, Folded]:
             f"the norm has axis={axes}, and the features of the layer lie on the last. "
             "Use jaxbn.fold on their arrays."
         )
-    arrays = (getattr(norm, name, None) for name in ("mean", "var", "scale", "bias"))
-    values: Any = (None if a is None else a[...] for a in arrays)
-    mean, var, scale, bias = values
-    return affine_of(mean, var, scale, bias, epsilon=epsilon), folded
+    return as_affine(params, state, normalizer), folded
+
+
+def _value(variable: Any) -> Any:
+    return None if variable is None else variable[...]
 
 
 def _at(model: Any, path: Path) -> Any:

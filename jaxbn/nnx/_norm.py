@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._accumulation.gather import Gather
-from jaxbn._flax.core_call import as_training, leaf_names
+from jaxbn._flax.core_call import as_training, leaf_names, leaves_of
 from jaxbn._flax.gathered_leaves import gathered_like, is_gathering, more_names
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._typing import Array
@@ -87,21 +87,13 @@ class Norm(nnx.Module):
             ValueError: use_running_average is given nowhere.
         """
         training = training_of(self, use_running_average)
-        kinds = jax.eval_shape(lambda: self.normalizer.init(self.num_features))
-        names = leaf_names(*kinds)
-        params, state = (
-            jax.tree.unflatten(
-                jax.tree.structure(kind), [getattr(self, name)[...] for name in group]
-            )
-            for kind, group in zip(kinds, names, strict=True)
-        )
-        more = gathering(self, names[1], update_stats)
-        normalizer: Any = self.normalizer
-        normalizer = Gather(normalizer) if more else normalizer
+        params, state, names = trees_of(self)
+        more = gathering(self, names, update_stats)
+        normalizer: Any = Gather(self.normalizer) if more else self.normalizer  # pyright: ignore
         state = gathered_like(state, [getattr(self, name)[...] for name in more])
         y, state = normalizer.apply(params, state, x, training, **options)
         if more or (training is not False and update_stats):
-            for name, leaf in zip([*names[1], *more], jax.tree.leaves(state), strict=True):
+            for name, leaf in zip([*names, *more], jax.tree.leaves(state), strict=True):
                 assign(getattr(self, name), leaf)
         return y
 
@@ -115,6 +107,15 @@ class Norm(nnx.Module):
         # `nnx.view_info` reads the text above, and knows an argument by two spaces.
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+def trees_of(module: Norm) -> tuple[Any, Any, list[str]]:
+    """Returns the params and the state of a layer, and the names of the state's leaves."""
+    known = leaves_of(module.normalizer, module.num_features, {})
+    params, state = (
+        [getattr(module, name)[...] for name in names] for names in known.names
+    )
+    return *known.unflatten(params, state), known.names[1]
 
 
 def training_of(module: Any, in_call: bool | Array | None) -> bool | Array:
