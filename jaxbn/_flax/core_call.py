@@ -1,8 +1,8 @@
 """What the layers for Flax's two APIs share: a call of the core in Flax's terms."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from jaxbn._accumulation.state import Gathered
 from jaxbn._dtypes import at_least_float32, widest
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.normalizer import Normalizer
-from jaxbn._state import BatchNormParams, BatchStats, is_stats
-from jaxbn._typing import Array, Axes, AxisGroups, DTypeLike, PyTree, Shape
+from jaxbn._state import BatchNormParams, BatchStats
+from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape
 
 
 def as_inexact(x: Array, dtype: DTypeLike | None) -> Array:
@@ -92,66 +92,36 @@ def call_batch_norm(
         x, axes = x[None], tuple(axis + 1 for axis in axes)
         weights = None if weights is None else weights[None]
     axis_name = layer.axis_name if synchronize else None
-    bn = _gathering_batch_norm(
-        axes,
-        inference_epsilon(layer.epsilon),
-        (params.scale is not None, params.bias is not None),
-        axis_name,
-        None if axis_name is None else _as_tuples(layer.axis_index_groups),
-        result_dtype(layer.dtype, x, *params, *together),
+    groups = None if axis_name is None else layer.axis_index_groups
+    bn = _batch_norm(
+        feature_axes=axes,
+        epsilon=positive(layer.epsilon),
+        use_scale=params.scale is not None,
+        use_bias=params.bias is not None,
+        axis_name=axis_name,
+        axis_index_groups=None if groups is None else tuple(map(tuple, groups)),
+        dtype=result_dtype(layer.dtype, x, *params, *together),
     )
-    state = _widened(state, x)
-    y, state = bn.apply(
+    if not isinstance(state, Gathered):
+        # Below float32 a running average stalls: its steps are below its last digit.
+        wider = x.dtype if jnp.iscomplexobj(x) else None
+        mean = state.mean.astype(stats_dtype(state.mean.dtype, wider))
+        state = state._replace(
+            mean=mean, var=state.var.astype(stats_dtype(state.var.dtype))
+        )
+    y, state = Gather(bn).apply(
         params, state, x, training, weights=weights, momentum=layer.momentum
     )
     return y[0] if lone else y, state
 
 
-@functools.lru_cache(maxsize=1024)
-def _gathering_batch_norm(
-    axes: tuple[int, ...],
-    epsilon: float,
-    used: tuple[bool, bool],
-    axis_name: Any,
-    axis_index_groups: AxisGroups | None,
-    dtype: jnp.dtype,
-) -> Gather:
-    """Returns the core's layer; built and checked once for all layers of these settings."""
-    return Gather(
-        BatchNorm(
-            feature_axes=axes,
-            epsilon=epsilon,
-            use_scale=used[0],
-            use_bias=used[1],
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            dtype=dtype,
-        )
-    )
+# Built and checked once for all layers and calls of these settings.
+_batch_norm = functools.lru_cache(maxsize=1024)(BatchNorm)
 
 
-def inference_epsilon(epsilon: float) -> float:
-    """Returns a positive epsilon: Flax's epsilon=0 means as little as possible."""
+def positive(epsilon: float) -> float:
+    """Returns epsilon as the core takes it: Flax's 0 means as little as possible."""
     return float(epsilon) or float(jnp.finfo(jnp.float32).tiny)
-
-
-def _as_tuples(groups: Any) -> AxisGroups | None:
-    return None if groups is None else tuple(map(tuple, groups))
-
-
-def _widened(state: Any, x: Array) -> Any:
-    """Returns the statistics as complex as x, and in float32 where they are narrower.
-
-    In half precision a running average stalls: the step is below its last digit.
-    """
-    if not is_stats(state):
-        return state
-    mean, var = (
-        stat.astype(at_least_float32(stat.dtype)) for stat in (state.mean, state.var)
-    )
-    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
-        mean = mean.astype(stats_dtype(x.dtype))
-    return state._replace(mean=mean, var=var)
 
 
 def result_dtype(dtype: DTypeLike | None, *arrays: Array | None) -> jnp.dtype:
@@ -184,37 +154,26 @@ def num_features_of(normalizer: Normalizer, shape: Shape) -> int | Shape:
     return sizes[0] if len(sizes) == 1 else sizes
 
 
-class Leaves(NamedTuple):
-    """What a normalizer keeps: its params, then its state."""
-
-    kinds: tuple[PyTree, PyTree]
-    names: tuple[list[str], list[str]]
-
-    def unflatten(self, params: Sequence[Any], state: Sequence[Any]) -> tuple[Any, Any]:
-        """Returns the trees with these leaves."""
-        trees = zip(self.kinds, (params, state), strict=True)
-        built = (
-            jax.tree.unflatten(jax.tree.structure(kind), leaves) for kind, leaves in trees
-        )
-        return next(built), next(built)
-
-
-def leaves_of(
+def kinds_of(
     normalizer: Normalizer, num_features: int | Shape, options: Mapping[str, Any]
-) -> Leaves:
-    """Returns the leaves of `normalizer.init`, traced once where all can be hashed."""
+) -> tuple[PyTree, PyTree]:
+    """Returns the shapes of what `normalizer.init` returns, traced once for equal calls."""
     key = normalizer, num_features, tuple(options.items())
     try:
         hash(key)
     except TypeError:
-        return _leaves_of.__wrapped__(*key)
-    return _leaves_of(*key)
+        return _kinds_of.__wrapped__(*key)
+    return _kinds_of(*key)
 
 
 @functools.lru_cache(maxsize=1024)
-def _leaves_of(normalizer: Any, num_features: Any, options: tuple[Any, ...]) -> Leaves:
-    kinds = jax.eval_shape(lambda: normalizer.init(num_features, **dict(options)))
-    return Leaves(kinds, leaf_names(*kinds))
+def _kinds_of(normalizer: Any, num_features: Any, options: tuple[Any, ...]) -> Any:
+    return jax.eval_shape(lambda: normalizer.init(num_features, **dict(options)))
+
+
+def with_leaves(kind: PyTree, leaves: Iterable[Any]) -> Any:
+    """Returns a tree of the structure of `kind`."""
+    return jax.tree.unflatten(jax.tree.structure(kind), leaves)
 
 
 def leaf_names(params: PyTree, state: PyTree) -> tuple[list[str], list[str]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def fold(
     in_axis: int = -2,
     out_axis: int = -1,
     groups: int = 1,
-    groups_on: str = "out",
+    groups_on: Literal["in", "out"] = "out",
 ) -> Pair:
     r"""Returns the kernel and bias of a linear layer with the norm after it folded in.
 
@@ -119,10 +119,8 @@ def fold(
     folded = grouped * jnp.expand_dims(slope.reshape(shape), tuple(range(grouped.ndim - 3)))
     if bias is not None:
         offset = offset + slope * jnp.asarray(bias).astype(wide)
-    return (
-        layout.join(folded).astype(jnp.asarray(kernel).dtype),
-        offset.astype(jnp.asarray(kernel).dtype),
-    )
+    kind = jnp.asarray(kernel).dtype
+    return layout.join(folded).astype(kind), offset.astype(kind)
 
 
 def fold_into_next(
@@ -135,7 +133,7 @@ def fold_into_next(
     in_axis: int = -2,
     out_axis: int = -1,
     groups: int = 1,
-    groups_on: str = "out",
+    groups_on: Literal["in", "out"] = "out",
 ) -> Pair:
     r"""Returns the kernel and bias of a linear layer with the norm before it folded in.
 
@@ -188,6 +186,14 @@ def fold_into_next(
     return folded.astype(kind), total.astype(kind)
 
 
+def fold_beside(*arrays: Any, after: bool, **options: Any) -> Pair:
+    """Returns `fold` for a norm after the layer, `fold_into_next` for one before it."""
+    if not after:
+        return fold_into_next(*arrays, **options)
+    next_only = {"padding", "transposed"}
+    return fold(*arrays, **{k: v for k, v in options.items() if k not in next_only})
+
+
 def _wide(kernel: Array, bias: Array | None, affine: Affine) -> jnp.dtype:
     given = [kernel, *affine] if bias is None else [kernel, bias, *affine]
     kinds = (jnp.asarray(array).dtype for array in given)
@@ -216,19 +222,19 @@ def _check_exact(
     """Raises unless the offset of the norm reaches every output alike."""
     if not spatial or (not is_traced(affine.bias) and not bool(jnp.any(affine.bias))):
         return
+    if isinstance(padding, str):
+        single = padding.upper().startswith("SAME") and math.prod(spatial) == 1
+        pads = not single and padding.upper() not in _HARMLESS
+    else:
+        pads = any(jax.tree.leaves(padding))
     if transposed:
         why = "a transposed convolution spreads it unevenly over its outputs"
     elif padding is None:
         why = "the padding of the convolution is not told"
-    elif isinstance(padding, str):
-        single = padding.upper().startswith("SAME") and math.prod(spatial) == 1
-        if single or padding.upper() in _HARMLESS:
-            return
+    elif pads:
         why = f"padding={padding!r} adds zeros behind the norm"
-    elif not any(jax.tree.leaves(padding)):
-        return
     else:
-        why = f"padding={padding!r} adds zeros behind the norm"
+        return
     raise ValueError(
         f"the norm has an offset that is not 0, and {why}, so folding would not be exact. "
         "Keep this norm, or fold it into the layer before it; if there is no padding, say "

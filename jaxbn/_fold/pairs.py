@@ -92,55 +92,55 @@ def find_pairs(variables: Mapping[str, PyTree]) -> tuple[tuple[str, str], ...]:
     return tuple(pair for pair in pairs if partners.count(pair[0]) == 1)
 
 
-def all_pairs(variables: Mapping[str, PyTree], layers: Layers) -> Any:
-    pairs = find_pairs(variables)
-    lonely = sorted(set(layers.norms) - {norm for _, norm in pairs})
-    if lonely:
-        raise ValueError(
-            f"the names do not tell which linear layers {lonely} come after, among "
-            f"{sorted(layers.linears)}. Pass pairs=[(linear, norm), ...], or "
-            "pairs=jaxbn.find_pairs(variables) to leave these norms as they are."
-        )
-    return pairs
-
-
-def checked_pairs(layers: Layers, pairs: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
-    """Returns the pairs, each a norm and a linear layer, none of them folded twice."""
-    used: set[Any] = set()
+def ordered_pairs(
+    variables: Mapping[str, PyTree], layers: Layers, pairs: Sequence[Sequence[str]] | None
+) -> list[tuple[str, str, bool]]:
+    """Returns `pairs`, or all, as (linear, norm, whether the norm comes after)."""
+    if pairs is None:
+        pairs = find_pairs(variables)
+        lonely = sorted(set(layers.norms) - {norm for _, norm in pairs})
+        if lonely:
+            raise ValueError(
+                f"the names do not tell which linear layers {lonely} come after, among "
+                f"{sorted(layers.linears)}. Pass pairs=[(linear, norm), ...], or "
+                "pairs=jaxbn.find_pairs(variables) to leave these norms as they are."
+            )
+    ordered, used = [], set()
     for pair in pairs:
-        if isinstance(pair, str) or len(pair) < 2:
-            raise ValueError(
-                f"{pair!r} is no pair of layers. Write (linear, norm) or (norm, linear)."
-            )
-        if len(pair) > 2:
-            raise ValueError(
-                f"between {pair[0]} and {pair[-1]} lies {', '.join(pair[1:-1])}, and a "
-                "norm moves past no activation: folding is exact for neighbours only. "
-                "Leave this pair out."
-            )
-        kinds = {name in layers.norms: name for name in pair if name in _names(layers)}
-        if len(kinds) != 2:
-            raise ValueError(
-                f"{tuple(pair)} is no pair of a norm and a linear layer: the norms are "
-                f"{sorted(layers.norms)}, the linear layers {sorted(layers.linears)}. "
-                "Write paths with slashes."
-            )
-        sides = (
-            kinds[True],
-            (kinds[False], "after" if pair[0] == kinds[False] else "before"),
-        )
-        for side in sides:
-            if side in used:
+        linear, norm, after = _ordered(pair, layers)
+        # A linear layer has two sides.
+        for name, side in ((norm, None), (linear, after)):
+            if (name, side) in used:
                 raise ValueError(
-                    f"{side if isinstance(side, str) else side[0]} is in two pairs. A norm "
-                    "is folded once, and a linear layer takes one norm on each side."
+                    f"{name} is in two pairs. A norm is folded once, and a linear layer "
+                    "takes one norm on each side."
                 )
-        used |= set(sides)
-    return [(pair[0], pair[1]) for pair in pairs]
+            used.add((name, side))
+        ordered.append((linear, norm, after))
+    return ordered
 
 
-def _names(layers: Layers) -> set[str]:
-    return {*layers.norms, *layers.linears}
+def _ordered(pair: Sequence[str], layers: Layers) -> tuple[str, str, bool]:
+    if isinstance(pair, str) or len(pair) < 2:
+        raise ValueError(
+            f"{pair!r} is no pair of layers. Write (linear, norm) or (norm, linear)."
+        )
+    if len(pair) > 2:
+        raise ValueError(
+            f"between {pair[0]} and {pair[-1]} lies {', '.join(pair[1:-1])}, and a norm "
+            "moves past no activation: folding is exact for neighbours only. Leave this "
+            "pair out."
+        )
+    first, second = pair
+    if first in layers.linears and second in layers.norms:
+        return first, second, True
+    if first in layers.norms and second in layers.linears:
+        return second, first, False
+    raise ValueError(
+        f"{tuple(pair)} is no pair of a norm and a linear layer: the norms are "
+        f"{sorted(layers.norms)}, the linear layers {sorted(layers.linears)}. Write paths "
+        "with slashes."
+    )
 
 
 def as_plain(tree: Mapping[Any, PyTree]) -> dict[Any, Any]:
@@ -148,20 +148,22 @@ def as_plain(tree: Mapping[Any, PyTree]) -> dict[Any, Any]:
 
     Without the {"value": array} that Orbax writes for each variable of an `nnx.State`.
     """
-    boxed = all(
-        key == "value" or isinstance(part, Mapping)
+    leaves = (
+        key
         for _, node in _nodes(tree)
         for key, part in node.items()
+        if not isinstance(part, Mapping)
     )
-    return {key: _copy(part, boxed) for key, part in tree.items()}
+    boxed = all(key == "value" for key in leaves)
 
+    def plain(part: PyTree) -> PyTree:
+        if not isinstance(part, Mapping):
+            return part
+        if boxed and part.keys() == {"value"}:
+            return part["value"]
+        return {key: plain(inner) for key, inner in part.items()}
 
-def _copy(tree: PyTree, boxed: bool) -> PyTree:
-    if not isinstance(tree, Mapping):
-        return tree
-    if boxed and set(tree) == {"value"}:
-        return tree["value"]
-    return {key: _copy(part, boxed) for key, part in tree.items()}
+    return {key: plain(part) for key, part in tree.items()}
 
 
 def split(variables: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:

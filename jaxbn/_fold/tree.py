@@ -8,22 +8,17 @@ import numpy as np
 
 from jaxbn._dtypes import at_least_float32
 from jaxbn._fold.affine import Affine, as_affine
-from jaxbn._fold.kernels import fold, fold_into_next
+from jaxbn._fold.kernels import fold_beside
 from jaxbn._fold.pairs import (
-    Path,
-    all_pairs,
     as_plain,
-    checked_pairs,
     find_layers,
     node_at,
+    ordered_pairs,
     split,
 )
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._state import BatchNormParams, BatchStats, stats_of
 from jaxbn._typing import Array, PyTree
-
-# What `fold` does not need to know.
-_ONLY_NEXT = ("padding", "transposed")
 
 
 def fold_tree(
@@ -79,66 +74,52 @@ def fold_tree(
             'norms="folded" is for the variables of linen, {"params": ..., "batch_stats": '
             '...}, got a single tree. Use norms="removed", or jaxbn.nnx.fold(model).'
         )
-    ordered = checked_pairs(
-        layers, all_pairs(variables, layers) if pairs is None else pairs
-    )
-    unknown = set(options or ()) - set(layers.linears)
+    options = options or {}
+    ordered = ordered_pairs(variables, layers, pairs)
+    unknown = set(options) - set(layers.linears)
     if unknown:
         raise ValueError(
             f"options name {sorted(unknown)}, but the linear layers are "
             f"{sorted(layers.linears)}. Write paths with slashes."
         )
-    folded = variables
-    for first, second in ordered:
-        linear, norm = (first, second) if first in layers.linears else (second, first)
-        settings = dict((options or {}).get(linear, {}))
+    params, stats = split(variables)
+    for linear, norm, after in ordered:
         try:
             _fold_pair(
-                folded,
-                (layers.linears[linear], layers.norms[norm]),
-                first == linear,
+                node_at(params, layers.linears[linear]),
+                node_at(stats, layers.norms[norm]),
+                node_at(params, layers.norms[norm]),
                 _epsilon_of(epsilon, norm),
-                settings,
                 norms == "removed",
+                {"after": after, **options.get(linear, {})},
             )
         except ValueError as error:
             raise ValueError(f"cannot fold {norm} and {linear}: {error}") from error
-    return _pruned(folded)
+    return _pruned(variables)
 
 
 def _fold_pair(
-    tree: dict[str, Any],
-    paths: tuple[Path, Path],
-    after: bool,
+    linear: dict[str, Any],
+    norm: dict[str, Any],
+    trained: dict[str, Any],
     epsilon: float,
-    settings: dict[str, Any],
     remove: bool,
+    options: dict[str, Any],
 ) -> None:
-    """Folds one norm of the copied `tree`, in place."""
-    params, stats = split(tree)
-    linear, norm = node_at(params, paths[0]), node_at(stats, paths[1])
-    trained = node_at(params, paths[1])
-    scale, bias = trained.get("scale"), trained.get("bias")
-    bn = BatchNorm(epsilon=epsilon, use_scale=scale is not None, use_bias=bias is not None)
-    affine = as_affine(
-        BatchNormParams(scale, bias), BatchStats(norm["mean"], norm["var"]), bn
-    )
-    bias = linear.get("bias")
-    for name in () if not after else _ONLY_NEXT:
-        settings.pop(name, None)
-    left = jnp.zeros_like(affine.bias)
+    """Folds a norm of the statistics `norm` and the params `trained`, in place."""
+    params = BatchNormParams(trained.get("scale"), trained.get("bias"))
+    state = BatchStats(norm["mean"], norm["var"])
+    affine = as_affine(params, state, BatchNorm(epsilon=epsilon))
+    bias, left = linear.get("bias"), jnp.zeros_like(affine.bias)
     # Without a bias of its own, a linear layer of the same model cannot take one.
     if not remove and bias is None:
-        if not after and bool(jnp.any(affine.bias)):
+        if not options["after"] and bool(jnp.any(affine.bias)):
             raise ValueError(
                 "the linear layer has no bias to take the offset of the norm before it. "
                 'Give it one (use_bias=True), or use norms="removed".'
             )
         left, affine = affine.bias, Affine(affine.scale, left)
-    kernel, offset = (fold if after else fold_into_next)(
-        linear["kernel"], bias, affine, **settings
-    )
-    linear["kernel"] = kernel
+    linear["kernel"], offset = fold_beside(linear["kernel"], bias, affine, **options)
     if remove or bias is not None:
         linear["bias"] = offset
     if remove:

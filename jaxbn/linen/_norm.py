@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._accumulation.gather import Gather
-from jaxbn._flax.core_call import leaves_of, num_features_of
+from jaxbn._flax.core_call import kinds_of, leaf_names, num_features_of, with_leaves
 from jaxbn._flax.gathered_leaves import gathered_like
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._typing import Array
@@ -74,26 +74,28 @@ class Norm(nn.Module):
         training = training_of(self, self.use_running_average, use_running_average)
         num_features = num_features_of(self.normalizer, jnp.shape(x))
         init_options = self.init_options or {}
-        known = leaves_of(self.normalizer, num_features, init_options)
-        start = known.kinds
-        if not all(self.has_variable("params", name) for name in known.names[0]) or not all(
-            self.has_variable("batch_stats", name) for name in known.names[1]
+        kinds = kinds_of(self.normalizer, num_features, init_options)
+        names = leaf_names(*kinds)
+        # Of what is there already, Flax compares the shape alone, and nothing is drawn.
+        start = kinds
+        if not all(self.has_variable("params", name) for name in names[0]) or not all(
+            self.has_variable("batch_stats", name) for name in names[1]
         ):
             start = self.normalizer.init(num_features, **init_options)
         params = [
             self.param(name, lambda _, leaf=leaf: _as_array(leaf))
-            for name, leaf in zip(known.names[0], jax.tree.leaves(start[0]), strict=True)
+            for name, leaf in zip(names[0], jax.tree.leaves(start[0]), strict=True)
         ]
         stats = [
             statistic(self, name, lambda leaf=leaf: _as_array(leaf))
-            for name, leaf in zip(known.names[1], jax.tree.leaves(start[1]), strict=True)
+            for name, leaf in zip(names[1], jax.tree.leaves(start[1]), strict=True)
         ]
         tracking = tracks(self, training, update_stats)
-        more = gathering(self, known.names[1], update_stats)
+        more = gathering(self, names[1], update_stats)
         normalizer: Any = Gather(self.normalizer) if more else self.normalizer  # pyright: ignore
-        params, state = known.unflatten(params, [stat.value for stat in stats])
+        state = with_leaves(kinds[1], [stat.value for stat in stats])
         y, state = normalizer.apply(
-            params,
+            with_leaves(kinds[0], params),
             gathered_like(state, [variable.value for variable in more]),
             x,
             False if self.is_initializing() else training,

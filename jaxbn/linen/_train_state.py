@@ -1,10 +1,8 @@
 """Training state for linen that cannot lose the statistics of its layers."""
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import optax
 from flax import core, serialization
 from flax.core.scope import union_filters
 from flax.training import train_state
@@ -56,35 +54,6 @@ class TrainState(train_state.TrainState):
     """
 
     batch_stats: PyTree
-
-    @classmethod
-    def create(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls,
-        *,
-        apply_fn: Callable[..., Any],
-        params: PyTree,
-        tx: optax.GradientTransformation,
-        batch_stats: PyTree,
-        **fields: Any,
-    ) -> "TrainState":
-        """Returns the state before training.
-
-        Args:
-            apply_fn: Usually `model.apply`.
-            params: The collection of that name that `model.init` returned.
-            tx: An Optax optimizer.
-            batch_stats: Likewise the collection of that name.
-            **fields: The further fields of a subclass.
-
-        Returns:
-            A `TrainState` at step 0.
-
-        Raises:
-            TypeError: batch_stats is missing.
-        """
-        return super().create(
-            apply_fn=apply_fn, params=params, tx=tx, batch_stats=batch_stats, **fields
-        )
 
     @property
     def variables(self) -> dict[str, PyTree]:

@@ -8,14 +8,13 @@ from flax import nnx
 
 from jaxbn._flax.core_call import (
     feature_axes_of,
-    inference_epsilon,
+    positive,
     result_dtype,
     stats_dtype,
 )
 from jaxbn._fold.affine import Affine, as_affine
-from jaxbn._fold.kernels import fold as fold_arrays
-from jaxbn._fold.kernels import fold_into_next
-from jaxbn._fold.pairs import Path, all_pairs, checked_pairs, find_layers
+from jaxbn._fold.kernels import fold_beside
+from jaxbn._fold.pairs import Path, find_layers, ordered_pairs
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, DTypeLike
@@ -77,10 +76,7 @@ def fold(model: M, *, pairs: Sequence[Sequence[str]] | None = None) -> M:
     copy = nnx.clone(model)
     variables = nnx.to_pure_dict(nnx.state(copy))
     layers = find_layers(variables)
-    given = all_pairs(variables, layers) if pairs is None else pairs
-    for first, second in checked_pairs(layers, given):
-        after = first in layers.linears
-        linear, norm = (first, second) if after else (second, first)
+    for linear, norm, after in ordered_pairs(variables, layers, pairs):
         try:
             _fold_pair(copy, layers.linears[linear], layers.norms[norm], after)
         except (TypeError, ValueError) as error:
@@ -95,55 +91,43 @@ def _fold_pair(model: nnx.Module, at_linear: Path, at_norm: Path, after: bool) -
             f"the layer is a {type(layer).__name__}. Only Linear, Conv and ConvTranspose "
             "are known; use jaxbn.fold on its arrays."
         )
-    kernel = layer.kernel[...]
+    kernel, mask = layer.kernel[...], getattr(layer, "mask", None)
+    if mask is not None:
+        kernel = kernel * jnp.asarray(mask, kernel.dtype)
     affine, folded = _affine(norm, kernel.ndim)
-    options: dict[str, Any] = {}
-    if getattr(layer, "transpose_kernel", False):
-        options |= {"in_axis": -1, "out_axis": -2}
-    bias = _value(layer.bias)
-    if after:
-        new = fold_arrays(kernel, bias, affine, **options)
-    else:
-        mask = getattr(layer, "mask", None)
-        if mask is not None:
-            kernel = kernel * jnp.asarray(mask, kernel.dtype)
-        new = fold_into_next(
-            kernel,
-            bias,
-            affine,
-            padding=getattr(layer, "padding", None),
-            transposed=isinstance(layer, nnx.ConvTranspose),
-            groups=getattr(layer, "feature_group_count", 1),
-            **options,
-        )
-    assign(layer.kernel, new[0])
+    flipped = getattr(layer, "transpose_kernel", False)
+    kernel, bias = fold_beside(
+        kernel,
+        _value(layer.bias),
+        affine,
+        after=after,
+        padding=getattr(layer, "padding", None),
+        transposed=isinstance(layer, nnx.ConvTranspose),
+        groups=getattr(layer, "feature_group_count", 1),
+        **({"in_axis": -1, "out_axis": -2} if flipped else {}),
+    )
+    assign(layer.kernel, kernel)
     if layer.bias is None:
-        layer.bias = nnx.Param(new[1])
+        layer.bias = nnx.Param(bias)
         layer.use_bias = True
     else:
-        assign(layer.bias, new[1].astype(layer.bias[...].dtype))
+        assign(layer.bias, bias.astype(layer.bias[...].dtype))
     _put(model, at_norm, folded)
 
 
 def _affine(norm: Any, rank: int) -> tuple[Affine, Folded]:
     """Returns what a norm is in inference, and what takes its place."""
     if isinstance(norm, Norm):
-        normalizer = norm.normalizer
-        params, state, _ = trees_of(norm)
+        normalizer, (params, state, _) = norm.normalizer, trees_of(norm)
         axes, folded = (
             feature_axes_of(normalizer),
             Folded(getattr(normalizer, "dtype", None)),
         )
     else:
-        params = BatchNormParams(*map(_value, (norm.scale, norm.bias)))
-        state = BatchStats(*map(_value, (norm.mean, norm.var)))
-        normalizer = BatchNorm(
-            epsilon=inference_epsilon(norm.epsilon),
-            use_scale=params.scale is not None,
-            use_bias=params.bias is not None,
-        )
-        axes = norm.axis
-        folded = Folded(norm.dtype, stats_dtype(norm.param_dtype))
+        normalizer = BatchNorm(epsilon=positive(norm.epsilon))
+        params = BatchNormParams(_value(norm.scale), _value(norm.bias))
+        state = BatchStats(_value(norm.mean), _value(norm.var))
+        axes, folded = norm.axis, Folded(norm.dtype, stats_dtype(norm.param_dtype))
     axes = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
     if axes not in ((-1,), (rank - 1,)):
         raise ValueError(

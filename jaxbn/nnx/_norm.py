@@ -8,13 +8,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._accumulation.gather import Gather
-from jaxbn._flax.core_call import as_training, leaf_names, leaves_of
+from jaxbn._flax.core_call import as_training, kinds_of, leaf_names, with_leaves
 from jaxbn._flax.gathered_leaves import gathered_like, is_gathering, more_names
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._typing import Array
 
 
-class Norm(nnx.Module):
+class Switchable(nnx.Module):
+    """A layer whose mode `nnx.view` sets."""
+
+    use_running_average: bool | None
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Sets the mode of the layer, for `nnx.view`.
+
+        Args:
+          use_running_average: Whether x is normalized with the running statistics; None
+            to leave the mode as it is.
+        """
+        # `nnx.view_info` reads the text above, and knows an argument by two spaces.
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+class Norm(Switchable):
     """Any normalizer as an NNX module: renormalization, ghost batches, one of your own.
 
     The leaves of its params are `nnx.Param`, those of its state `nnx.BatchStat`, under
@@ -97,25 +114,16 @@ class Norm(nnx.Module):
                 assign(getattr(self, name), leaf)
         return y
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """Sets the mode of the layer, for `nnx.view`.
-
-        Args:
-          use_running_average: Whether x is normalized with the running statistics; None
-            to leave the mode as it is.
-        """
-        # `nnx.view_info` reads the text above, and knows an argument by two spaces.
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
-
 
 def trees_of(module: Norm) -> tuple[Any, Any, list[str]]:
     """Returns the params and the state of a layer, and the names of the state's leaves."""
-    known = leaves_of(module.normalizer, module.num_features, {})
+    kinds = kinds_of(module.normalizer, module.num_features, {})
+    names = leaf_names(*kinds)
     params, state = (
-        [getattr(module, name)[...] for name in names] for names in known.names
+        with_leaves(kind, [getattr(module, name)[...] for name in group])
+        for kind, group in zip(kinds, names, strict=True)
     )
-    return *known.unflatten(params, state), known.names[1]
+    return params, state, names[1]
 
 
 def training_of(module: Any, in_call: bool | Array | None) -> bool | Array:
