@@ -14,3 +14,7 @@ __all__ = [
     "restore",
     "track_gathered",
 ]
+
+# Pickles and tracebacks name the public package, so that files may move.
+for _public in (BatchNorm, Norm, TrainState):
+    _public.__module__ = __name__
