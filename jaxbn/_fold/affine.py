@@ -1,20 +1,26 @@
 """What a trained norm is in inference: an affine map of every feature."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._axes import as_axes, expand, reduction_axes
 from jaxbn._compat import is_traced
-from jaxbn._dtypes import widest
-from jaxbn._kernels.normalize import normalize
+from jaxbn._dtypes import real_part, widest
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.normalizer import Normalizer
-from jaxbn._typing import Array, Axes, DTypeLike
+from jaxbn._typing import Array
 
 _DEFAULT = BatchNorm()
+# What a normalizer must tell to be folded.
+_PROTOCOL = {
+    "running": "def running(self, state) -> tuple[Array, Array]: returns (mean, var)",
+    "standardize": "def standardize(self, mean, var) -> tuple[Array, Array | None]: "
+    "returns (slope, offset) so that it computes (x - mean) * slope + offset",
+    "scale_and_bias": "def scale_and_bias(self, params) -> tuple[Array | None, "
+    "Array | None]",
+}
 
 
 class Affine(NamedTuple):
@@ -46,16 +52,16 @@ def as_affine(params: Any, state: Any, normalizer: Normalizer = _DEFAULT) -> Aff
     Args:
         params: The trained params of the norm.
         state: Its running statistics.
-        normalizer: A `BatchNorm`, or a `GhostBatchNorm` or `BatchRenorm`, which are the
-            same in inference.
+        normalizer: A `BatchNorm`, what wraps one, or one of your own with the methods
+            `running`, `standardize` and `scale_and_bias`.
 
     Returns:
         `Affine`, in float32, or in the dtype of params and state where that is wider.
 
     Raises:
-        TypeError: The normalizer is of another kind.
+        TypeError: The normalizer lacks one of the methods.
         ValueError: It has an activation; an array has not the shape of the others, holds
-            NaN or infinity; a variance is not positive.
+            NaN or infinity; a variance is negative.
 
     Example:
         >>> import jax.numpy as jnp, jaxbn
@@ -65,77 +71,62 @@ def as_affine(params: Any, state: Any, normalizer: Normalizer = _DEFAULT) -> Aff
         >>> print(*jaxbn.as_affine(params, state, bn))
         [0.5] [-1.]
     """
-    bn = settings_of(normalizer)
-    return affine_of(state.mean, state.var, *params, epsilon=bn.epsilon)
-
-
-def settings_of(normalizer: Normalizer) -> BatchNorm:
-    """Returns the `BatchNorm` that a normalizer is in inference, if that is affine."""
-    bn: Any = normalizer
-    while hasattr(bn, "wrapped"):
-        bn = bn.wrapped
-    if bn.activation is not None:
-        name = getattr(bn.activation, "__name__", bn.activation)
-        raise ValueError(
-            f"a norm with the activation {name} is no affine map, and cannot be "
-            "folded. Apply the activation outside: BatchNorm(activation=None)."
-        )
-    return bn
-
-
-def affine_of(
-    mean: Array,
-    var: Array,
-    scale: Array | None,
-    bias: Array | None,
-    *,
-    epsilon: float,
-    name: str = "the norm",
-) -> Affine:
-    """Returns the affine map of the arrays of a norm, which `name` names in errors."""
+    running, standardize, scale_and_bias = _methods(normalizer)
+    mean, var = running(state)
+    scale, bias = scale_and_bias(params)
     arrays = {"mean": mean, "var": var, "scale": scale, "bias": bias}
     arrays = {key: jnp.asarray(a) for key, a in arrays.items() if a is not None}
     for key, array in arrays.items():
         if array.shape != jnp.shape(mean):
             raise ValueError(
-                f"{name} has {key} of shape {array.shape} but mean of shape "
+                f"the norm has {key} of shape {array.shape} but mean of shape "
                 f"{jnp.shape(mean)}. Take all arrays from the same layer."
             )
         if not is_traced(array):
-            _check_values(name, key, array)
+            _check_values(key, array)
     wide = widest(jnp.dtype(jnp.float32), *(array.dtype for array in arrays.values()))
-    axes = tuple(range(1, jnp.ndim(mean) + 1))
+    mean, var = arrays["mean"].astype(wide), arrays["var"].astype(real_part(wide))
+    slope, offset = standardize(mean, var)
+    slope = slope.astype(wide)
+    offset = -mean * slope if offset is None else offset.astype(wide) - mean * slope
+    if scale is not None:
+        slope, offset = (part * arrays["scale"].astype(wide) for part in (slope, offset))
+    if bias is not None:
+        offset = offset + arrays["bias"].astype(wide)
+    return Affine(slope, offset)
 
-    def inference(x: Array) -> Array:
-        return normalize(x, **arrays, feature_axes=axes, epsilon=epsilon, dtype=wide)
 
-    # An affine map is its value at 0 and its derivative.
-    zero = jnp.zeros((1, *jnp.shape(mean)), wide)
-    at_zero, slope = jax.jvp(inference, (zero,), (jnp.ones_like(zero),))
-    return Affine(slope[0], at_zero[0])
+def _methods(normalizer: Normalizer) -> list[Callable[..., Any]]:
+    """Returns the methods that tell what a normalizer is in inference."""
+    for name, line in _PROTOCOL.items():
+        if not callable(getattr(normalizer, name, None)):
+            raise TypeError(
+                f"{type(normalizer).__name__} does not tell what it computes in inference: "
+                f"it has no method {name}. Write {line}; or build an Affine(scale, bias) "
+                "yourself."
+            )
+    activation = getattr(normalizer, "activation", None)
+    if activation is not None:
+        raise ValueError(
+            f"a norm with the activation {getattr(activation, '__name__', activation)} is "
+            "no affine map, and cannot be folded. Apply the activation outside: "
+            "BatchNorm(activation=None)."
+        )
+    return [getattr(normalizer, name) for name in _PROTOCOL]
 
 
-def _check_values(name: str, key: str, array: Array) -> None:
+def _check_values(key: str, array: Array) -> None:
     # In NumPy, so that arrays whose values are known are checked inside jit too.
     values = np.asarray(array)
     if not np.isfinite(values).all():
         where = np.argwhere(~np.isfinite(values))[0].tolist()
         raise ValueError(
-            f"{name} has {key}={values[tuple(where)]} at feature {where}. Fold a norm "
+            f"the norm has {key}={values[tuple(where)]} at feature {where}. Fold a norm "
             "whose arrays are finite; jaxbn.reestimate makes new statistics."
         )
     if key == "var" and not (values >= 0).all():
         where = np.argwhere(values < 0)[0].tolist()
         raise ValueError(
-            f"{name} has var={values[tuple(where)]} at feature {where}, which must not be "
-            "negative. Re-estimate the statistics: jaxbn.reestimate."
+            f"the norm has var={values[tuple(where)]} at feature {where}, which must not "
+            "be negative. Re-estimate the statistics: jaxbn.reestimate."
         )
-
-
-def shifted(x: Array, bias: Array | None, feature_axes: Axes, dtype: DTypeLike) -> Array:
-    """Returns what a folded norm makes of `x`: x, or x and what was left of the norm."""
-    if bias is None:
-        return x.astype(dtype)
-    wide = widest(x.dtype, bias.dtype)
-    axes = reduction_axes(as_axes(feature_axes), x.shape)
-    return (x.astype(wide) + expand(bias, axes).astype(wide)).astype(dtype)
