@@ -61,7 +61,7 @@ class Gather(Wrapper[Any]):
     inner: Normalizer
 
     def __post_init__(self):
-        require(self.inner, "standardize", "track", "correction", "running")
+        require("Gather", self.inner, "standardize", "track", "correction", "running")
 
     @property
     def wrapped(self) -> Any:

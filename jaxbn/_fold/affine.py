@@ -1,6 +1,5 @@
 """What a trained norm is in inference: an affine map of every feature."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,18 +8,10 @@ import numpy as np
 from jaxbn._compat import is_traced
 from jaxbn._dtypes import real_part, widest
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.normalizer import Normalizer
+from jaxbn._layers.normalizer import Normalizer, require
 from jaxbn._typing import Array
 
 _DEFAULT = BatchNorm()
-# What a normalizer must tell to be folded.
-_PROTOCOL = {
-    "running": "def running(self, state) -> tuple[Array, Array]: returns (mean, var)",
-    "standardize": "def standardize(self, mean, var) -> tuple[Array, Array | None]: "
-    "returns (slope, offset) so that it computes (x - mean) * slope + offset",
-    "scale_and_bias": "def scale_and_bias(self, params) -> tuple[Array | None, "
-    "Array | None]",
-}
 
 
 class Affine(NamedTuple):
@@ -71,9 +62,9 @@ def as_affine(params: Any, state: Any, normalizer: Normalizer = _DEFAULT) -> Aff
         >>> print(*jaxbn.as_affine(params, state, bn))
         [0.5] [-1.]
     """
-    running, standardize, scale_and_bias = _methods(normalizer)
-    mean, var = running(state)
-    scale, bias = scale_and_bias(params)
+    _check_affine(normalizer)
+    mean, var = normalizer.running(state)
+    scale, bias = normalizer.scale_and_bias(params)
     arrays = {"mean": mean, "var": var, "scale": scale, "bias": bias}
     arrays = {key: jnp.asarray(a) for key, a in arrays.items() if a is not None}
     for key, array in arrays.items():
@@ -86,7 +77,7 @@ def as_affine(params: Any, state: Any, normalizer: Normalizer = _DEFAULT) -> Aff
             _check_values(key, array)
     wide = widest(jnp.dtype(jnp.float32), *(array.dtype for array in arrays.values()))
     mean, var = arrays["mean"].astype(wide), arrays["var"].astype(real_part(wide))
-    slope, offset = standardize(mean, var)
+    slope, offset = normalizer.standardize(mean, var)
     slope = slope.astype(wide)
     offset = -mean * slope if offset is None else offset.astype(wide) - mean * slope
     if scale is not None:
@@ -96,15 +87,9 @@ def as_affine(params: Any, state: Any, normalizer: Normalizer = _DEFAULT) -> Aff
     return Affine(slope, offset)
 
 
-def _methods(normalizer: Normalizer) -> list[Callable[..., Any]]:
-    """Returns the methods that tell what a normalizer is in inference."""
-    for name, line in _PROTOCOL.items():
-        if not callable(getattr(normalizer, name, None)):
-            raise TypeError(
-                f"{type(normalizer).__name__} does not tell what it computes in inference: "
-                f"it has no method {name}. Write {line}; or build an Affine(scale, bias) "
-                "yourself."
-            )
+def _check_affine(normalizer: Normalizer) -> None:
+    """Raises unless a normalizer tells what affine map it is in inference."""
+    require("as_affine", normalizer, "running", "standardize", "scale_and_bias")
     activation = getattr(normalizer, "activation", None)
     if activation is not None:
         raise ValueError(
@@ -112,7 +97,6 @@ def _methods(normalizer: Normalizer) -> list[Callable[..., Any]]:
             "no affine map, and cannot be folded. Apply the activation outside: "
             "BatchNorm(activation=None)."
         )
-    return [getattr(normalizer, name) for name in _PROTOCOL]
 
 
 def _check_values(key: str, array: Array) -> None:

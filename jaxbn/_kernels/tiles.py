@@ -64,7 +64,7 @@ def cut(x: Array, axes: tuple[int, ...], arrays: int) -> Cut | None:
     scattered = x.ndim - 1 in axes and x.dtype != jnp.float16
     if scattered or x.nbytes < LARGE.get((x.dtype.name, arrays), math.inf):
         return None
-    return _cut(x.shape, axes, AT_ONCE // arrays)
+    return cut_of(x.shape, axes, AT_ONCE // arrays)
 
 
 def sums(
@@ -116,7 +116,7 @@ def sums(
     return tuple(lax.reduce_sum(t, axes=(1,)).reshape(vectors[0].shape) for t in apart)
 
 
-def _cut(shape: Shape, axes: tuple[int, ...], at_once: int) -> Cut | None:
+def cut_of(shape: Shape, axes: tuple[int, ...], at_once: int) -> Cut | None:
     """Returns tiles of about the wanted size, or None if they cannot be had."""
     shape, axes, repeats = _with_long_rows(*_merged(shape, axes))
     first, *others = axes

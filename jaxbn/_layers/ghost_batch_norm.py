@@ -65,7 +65,9 @@ class GhostBatchNorm(Wrapper[Any]):
                 f"can merge, got {type(self.inner).__name__}. Ghost batches within ghost "
                 "batches are ghost batches of the smaller size."
             )
-        require(self.inner, "standardize", "track", "correction", "running")
+        require(
+            "GhostBatchNorm", self.inner, "standardize", "track", "correction", "running"
+        )
         size = self.virtual_batch_size
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(

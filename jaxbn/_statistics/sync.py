@@ -8,7 +8,15 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxbn._kernels.accelerator import divisor
-from jaxbn._kernels.compensated import halves, settled, two_product, two_sum
+from jaxbn._kernels.compensated import (
+    compensated_sum,
+    halves,
+    halves_below,
+    interleaved,
+    settled,
+    two_product,
+    two_sum,
+)
 from jaxbn._statistics.moments import ExactMoments, Moments
 from jaxbn._statistics.named_axes import as_groups, check_axis, check_nesting
 from jaxbn._typing import Array, AxisGroups, AxisName
@@ -113,36 +121,58 @@ def sum_over_devices(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _sync(mean, rest, var, count, axis_name, groups):
-    # n, n mean and n mean^2, of which nearly all cancels, travel as leading halves, which
-    # add up without rounding, and rests.
-    total, total_rest = two_product(count, mean)
-    square, square_rest = two_product(total, mean)
-    square_rest += (total_rest + 2 * count * rest) * mean
-    total_rest += count * rest
+    # n, n mean and n mean^2, of which nearly all cancels in the variance, are computed in
+    # three times the precision, of which the sums over devices keep 2^-60.
     words = [count * var, *halves(count)]
-    words += [*halves(total), total_rest]
-    words += [*halves(square), square_rest]
+    total = _product((count, jnp.zeros_like(count), jnp.zeros_like(count)), mean, rest)
+    words += [*_as_words(total), *_as_words(_product(total, mean, rest))]
     within, *words = _sum(jnp.stack(words), axis_name, groups)
     count, count_rest = two_sum(*words[:2])
-    total, total_rest = _normal(*words[2:5])
-    square, square_rest = _normal(*words[5:])
+    total, square = _from_words(words[2:6]), _from_words(words[6:])
 
     n = divisor(count)
-    mean = settled(total / n)
-    product, product_rest = two_product(mean, n)
-    product_rest += mean * count_rest
-    mean_rest = ((total - product) - product_rest + total_rest) / n
-    product, product_rest = two_product(mean, total)
-    cross = mean * total_rest + mean_rest * total
-    between = (square - product) - product_rest + square_rest - cross
-    mean, rest = two_sum(mean, mean_rest)
-    return mean, rest, (within + jnp.maximum(between, 0)) / n, count
+    mean = settled(total[0] / n)
+    product = _product((n, count_rest, jnp.zeros_like(n)), mean, jnp.zeros_like(mean))
+    negative = [-part for part in product]
+    slip, slip_rest = compensated_sum(*interleaved(total, negative))
+    # With slip = total - n mean: square - total^2 / n = square - n mean^2 - 2 mean slip
+    # - slip^2 / n, of which the first difference is exact.
+    cross, cross_rest = two_product(2 * mean, slip)
+    less = [-part for part in _product(product, mean, jnp.zeros_like(mean))]
+    late = -cross_rest - 2 * mean * slip_rest - slip * (slip / n)
+    between, between_rest = compensated_sum(*interleaved(square, less), -cross, late)
+    within += jnp.maximum(between + between_rest, 0)
+    mean, rest = two_sum(mean, slip / n + slip_rest / n)
+    return mean, rest, within / n, count
 
 
-def _normal(high: Array, low: Array, rest: Array) -> tuple[Array, Array]:
-    """Returns the sum of three numbers as its value and what the value rounds off."""
-    total, lost = two_sum(high, low)
-    return two_sum(total, lost + rest)
+Triple = tuple[Array, Array, Array]
+
+
+def _product(a: Triple, b: Array, rest: Array) -> Triple:
+    """Returns a times the sum of b and its rest; each part some 24 bits below the last."""
+    first, low = two_product(a[0], b)
+    (second, second_low), (third, third_low) = two_product(a[1], b), two_product(a[0], rest)
+    middle, lost = two_sum(low, second)
+    middle, lost_too = two_sum(middle, third)
+    last = (lost + lost_too) + (second_low + third_low) + (a[2] * b + a[1] * rest)
+    return first, middle, last
+
+
+def _as_words(a: Triple) -> list[Array]:
+    """Returns four words of which sums over devices lose nothing above 2^-60 of `a`."""
+    high, low = halves_below(a[1], a[0])
+    return [*halves(a[0]), high, low + a[2]]
+
+
+def _from_words(words: list[Array]) -> Triple:
+    """Undoes `_as_words` of a sum."""
+    first, low = two_sum(words[0], words[1])
+    second, last = two_sum(words[2], words[3])
+    middle, lost = two_sum(low, second)
+    first, middle = two_sum(first, middle)
+    middle, last = two_sum(middle, last + lost)
+    return first, middle, last
 
 
 @functools.partial(_sync.defjvp, symbolic_zeros=True)
