@@ -21,13 +21,19 @@ from jaxbn._fold.pairs import find_pairs
 from jaxbn._fold.tree import fold_tree
 from jaxbn._kernels.normalize import normalize
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.batch_renorm import BatchRenorm, RenormStats
+from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._layers.functions import apply, init
 from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._layers.renorm_limits import RenormLimits, renorm_limits
-from jaxbn._replicas import replica_differences, sync_state
-from jaxbn._state import BatchNormParams, BatchStats, RunningStats, register_stats
+from jaxbn._statistics.replicas import replica_differences, sync_state
+from jaxbn._state import (
+    BatchNormParams,
+    BatchStats,
+    RenormStats,
+    RunningStats,
+    register_stats,
+)
 from jaxbn._statistics.moments import Moments, merge_moments, moments
 from jaxbn._statistics.named_axes import axis_groups
 from jaxbn._statistics.running import update_running

@@ -10,8 +10,6 @@ from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching
 from jax.interpreters import mlir as mlir
 
-from jaxbn._typing import Array
-
 # XLA before that of JAX 0.11 widens all of a bfloat16 array before it takes a tile of it.
 TILES_OF_BFLOAT16 = jax.__version_info__ >= (0, 11)
 
@@ -30,7 +28,7 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset(axes or ())
 
 
-def cast_to_varying(x: Array, axes: tuple[str, ...]) -> Array:
+def cast_to_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Returns `x` typed as varying over `axes` too; JAX renamed `pvary` to `pcast`."""
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axes, to="varying")

@@ -109,7 +109,7 @@ def register_stats(kind: Stats) -> Stats:
             )
     # Most fields first, so that a kind is never mistaken for one that holds a part of it.
     _kinds.append(kind)
-    _kinds.sort(key=lambda known: -len(known._fields))
+    _kinds.sort(key=lambda known: len(known._field_defaults) - len(known._fields))
     return kind
 
 
@@ -167,6 +167,46 @@ class BatchStats(NamedTuple):
         if weight is not None:
             weight, _ = pool(weight, jnp.zeros_like(weight))
         return BatchStats(*pool(self.mean, self.var), weight)
+
+
+@register_stats
+class RenormStats(NamedTuple):
+    """The running statistics of batch renormalization, each of the shape of the features.
+
+    Example:
+        >>> import jaxbn
+        >>> _, state = jaxbn.BatchRenorm().init(3)
+        >>> state._fields
+        ('mean', 'var', 'std', 'renorm_mean', 'renorm_std')
+
+    Attributes:
+        mean: Running mean, which inference uses. Starts at 0.
+        var: The variance that inference uses: that of `std`. Starts at 1.
+        std: Running standard deviation, sqrt(var + epsilon) of each batch averaged.
+        renorm_mean: Running mean, which the correction in training is taken from.
+        renorm_std: Running standard deviation, likewise.
+    """
+
+    mean: Array
+    var: Array
+    std: Array
+    renorm_mean: Array
+    renorm_std: Array
+
+    def renewed(self, mean: Array, var: Array) -> "RenormStats":
+        """Returns the state after a data set of these moments."""
+        # The square of a tracked deviation is a variance plus the layer's epsilon.
+        epsilon = jnp.maximum(jnp.square(self.std) - self.var, 0)
+        std = jnp.sqrt(var + epsilon)
+        return RenormStats(mean, var, std, jnp.copy(mean), jnp.copy(std))
+
+    def pooled(self, pool: Callable[[Array, Array], Pair]) -> "RenormStats":
+        """Returns the state of replicas pooled into one; `pool` pools moments."""
+        # The squares of the tracked deviations are variances plus epsilon, and pool alike.
+        _, square = pool(self.mean, jnp.square(self.std))
+        renorm_mean, renorm_square = pool(self.renorm_mean, jnp.square(self.renorm_std))
+        std, renorm_std = jnp.sqrt(square), jnp.sqrt(renorm_square)
+        return RenormStats(*pool(self.mean, self.var), std, renorm_mean, renorm_std)
 
 
 def draw(

@@ -12,11 +12,12 @@ ORDER = """
     _typing _compat _norm_names
     _axes _dtypes _state _sharding
     _kernels _averages _param_roles
-    _statistics optim _model_average
-    _layers _replicas
-    _accumulation _dropout _fold convert
-    __init__ _flax tf1 diagnose
-    linen nnx
+    _statistics optim
+    _layers
+    _accumulation _dropout _fold
+    __init__ _flax tf1
+    linen nnx convert
+    diagnose
 """
 LINES = {entry: line for line, row in enumerate(ORDER.split("\n")) for entry in row.split()}
 # These may import other libraries at their top. The rest is the core.

@@ -86,8 +86,8 @@ def test_its_gradient_is_that_of_the_paper():
 
     along = jnp.asarray(RNG.standard_normal(X.shape), jnp.float32)
     got = jnp.vdot(jax.grad(loss)(X), along)
-    step = 1e-5 * np.asarray(along, np.float64)
-    after, before = (np.sin(truth(X + s, *PARAMS)[0]).sum() for s in (step, -step))
+    wide, step = np.asarray(X, np.float64), 1e-5 * np.asarray(along, np.float64)
+    after, before = (np.sin(truth(wide + s, *PARAMS)[0]).sum() for s in (step, -step))
     np.testing.assert_allclose(got, (after - before) / 2e-5, rtol=1e-4)
 
 
@@ -149,12 +149,13 @@ def test_it_is_folded():
     _, state = NORM.apply(PARAMS, STATE, X, True)
     affine = jaxbn.as_affine(PARAMS, state, NORM)
     want, _ = NORM.apply(PARAMS, state, X, False)
-    np.testing.assert_allclose(X * affine.scale + affine.bias, want, atol=2e-6)
+    got = np.asarray(X) * np.asarray(affine.scale) + np.asarray(affine.bias)
+    np.testing.assert_allclose(got, want, atol=2e-6)
     kernel = jnp.asarray(RNG.standard_normal((5, 4)), jnp.float32)
     folded, bias = jaxbn.fold(kernel, None, affine)
     x = jnp.asarray(RNG.standard_normal((3, 5)), jnp.float32)
     want, _ = NORM.apply(PARAMS, state, x @ kernel, False)
-    np.testing.assert_allclose(x @ folded + bias, want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(x @ folded + bias[None], want, rtol=1e-4, atol=1e-5)
 
 
 class Model(nn.Module):

@@ -9,6 +9,7 @@ bfloat16 and 1.3 in float32 (docs/performance.md); costs some equations and no c
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -52,9 +53,9 @@ def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
     shift = settled(mean)
 
     def again() -> tuple[Array, Array]:
-        first, second = _apart(of, 2)
-        slip = mean_of(axes, first, upcast(first.x) - shift)
-        deviation = upcast(second.x) - shift
+        (first, by), (second, around) = _apart((of, shift), 2)
+        slip = mean_of(axes, first, upcast(first.x) - by)
+        deviation = upcast(second.x) - around
         return slip, mean_of(axes, second, deviation, deviation)
 
     slip, spread = lax.cond(well, lambda: (mean, square), again)
@@ -114,21 +115,16 @@ def _tiled_sums(of: Sums, cut: tiles.Cut) -> tuple[Array, Array]:
     return tiles.sums(products, cut, (of.x, of.t), vectors)
 
 
-def _apart(of: Any, count: int) -> list[Any]:
+def _apart(operands: Any, count: int) -> list[Any]:
     """Returns the operands `count` times, each as values that XLA has not seen before.
 
-    XLA merges identical barriers (CSE), so the k-th one is nested k deep. Sums of float16
-    are not fused in any case.
+    XLA merges identical barriers (CSE), so each holds a number of its own too. Sums of
+    float16 are not fused in any case.
     """
-    if of.x.dtype == jnp.float16:
-        return [of] * count
-    depths = []
-    for depth in range(1, count + 1):
-        seen = of
-        for _ in range(depth):
-            seen = lax.optimization_barrier(seen)
-        depths.append(seen)
-    return depths
+    if any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(operands)):
+        return [operands] * count
+    held = [(operands, jnp.int32(number)) for number in range(count)]
+    return [lax.optimization_barrier(pair)[0] for pair in held]
 
 
 def _behind_barrier(array: Array | None) -> Array | None:

@@ -1,8 +1,7 @@
 """Batch renormalization: training with what inference will see, up to limits."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,51 +13,10 @@ from jaxbn._layers.normalizer import apply_normalizer
 from jaxbn._layers.renorm_limits import RenormLimits, check_limits
 from jaxbn._layers.wrapper import Wrapper
 from jaxbn._sharding import reshard_like
-from jaxbn._state import BatchNormParams, register_stats
+from jaxbn._state import BatchNormParams, RenormStats
 from jaxbn._statistics.moments import Moments, as_exact
 from jaxbn._statistics.running import check_momentum, is_finite_batch, move
 from jaxbn._typing import Array, Initializer, Key, Pair
-
-
-@register_stats
-class RenormStats(NamedTuple):
-    """The running statistics of batch renormalization, each of the shape of the features.
-
-    Example:
-        >>> import jaxbn
-        >>> _, state = jaxbn.BatchRenorm().init(3)
-        >>> state._fields
-        ('mean', 'var', 'std', 'renorm_mean', 'renorm_std')
-
-    Attributes:
-        mean: Running mean, which inference uses. Starts at 0.
-        var: The variance that inference uses: that of `std`. Starts at 1.
-        std: Running standard deviation, sqrt(var + epsilon) of each batch averaged.
-        renorm_mean: Running mean, which the correction in training is taken from.
-        renorm_std: Running standard deviation, likewise.
-    """
-
-    mean: Array
-    var: Array
-    std: Array
-    renorm_mean: Array
-    renorm_std: Array
-
-    def renewed(self, mean: Array, var: Array) -> "RenormStats":
-        """Returns the state after a data set of these moments."""
-        # The square of a tracked deviation is a variance plus the layer's epsilon.
-        epsilon = jnp.maximum(jnp.square(self.std) - self.var, 0)
-        std = jnp.sqrt(var + epsilon)
-        return RenormStats(mean, var, std, jnp.copy(mean), jnp.copy(std))
-
-    def pooled(self, pool: Callable[[Array, Array], Pair]) -> "RenormStats":
-        """Returns the state of replicas pooled into one; `pool` pools moments."""
-        # The squares of the tracked deviations are variances plus epsilon, and pool alike.
-        _, square = pool(self.mean, jnp.square(self.std))
-        renorm_mean, renorm_square = pool(self.renorm_mean, jnp.square(self.renorm_std))
-        std, renorm_std = jnp.sqrt(square), jnp.sqrt(renorm_square)
-        return RenormStats(*pool(self.mean, self.var), std, renorm_mean, renorm_std)
-
 
 _DEFAULT, _LIMITS = BatchNorm(), RenormLimits()
 

@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.batch_renorm import BatchRenorm, RenormStats
+from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._norm_names import TENSORFLOW
-from jaxbn._state import BatchStats
+from jaxbn._state import BatchStats, RenormStats
 from jaxbn._typing import Axes, DTypeLike
 from jaxbn.convert._array_names import LayerArrays
 from jaxbn.convert._arrays import (

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxbn._replicas import replica_differences
+from jaxbn._statistics.replicas import replica_differences
 from jaxbn._statistics.running import check_momentum
 from jaxbn._typing import PyTree
 from jaxbn.diagnose._array_checks import check_measured_momentum, check_steps, check_values

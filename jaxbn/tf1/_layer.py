@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn._dtypes import as_dtype, as_float
-from jaxbn._layers.batch_renorm import RenormStats
 from jaxbn._layers.checks import split_mode
 from jaxbn._layers.renorm_limits import RenormLimits
 from jaxbn._norm_names import TENSORFLOW
-from jaxbn._state import BatchNormParams, BatchStats
+from jaxbn._state import BatchNormParams, BatchStats, RenormStats
 from jaxbn._typing import Array, DTypeLike, Initializer, Key, Shape
 from jaxbn.tf1._arguments import of_rank
 from jaxbn.tf1._implementation import Settings, ShapedLayer
