@@ -52,6 +52,10 @@ def test_the_public_names_are_these_and_documented():
         options = [*of(read).values()][2:]
         assert options == [*of(find).values()][1:], name
         assert all(option.kind is option.KEYWORD_ONLY for option in options), name
+        given = {"decay_rate": DECAY} if name == "haiku" else {}
+        for unknown in ("prefix", "decay"):
+            with pytest.raises(TypeError, match=unknown):
+                find({}, **given, **{unknown: "bn"})
 
 
 def torch_arrays(draw):

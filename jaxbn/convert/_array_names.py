@@ -72,10 +72,6 @@ class LayerArrays:
         """The names of the arrays by role."""
         return {role: self.naming.name(s, self.layer) for role, s in self.spellings.items()}
 
-    def get(self, role: str) -> np.ndarray | None:
-        """Returns the array of a role, or None."""
-        return self.arrays.get(role)
-
     def need(self, role: str) -> np.ndarray:
         """Returns the array of a role, or raises."""
         if role not in self.arrays:
@@ -115,19 +111,13 @@ def flatten(tree: Any, separator: str) -> dict[str, Any]:
             f"the arrays must come in a mapping by their names, got {type(tree).__name__}. "
             "Pass a dict, such as convert.load(path) returns."
         )
-    flat = {}
-    for path, leaf in walk(tree):
-        name = separator.join(path)
-        if name in flat:
-            raise ValueError(f"two arrays have the name {name!r}. Rename one of them.")
-        flat[name] = leaf
-    return flat
-
-
-def walk(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yields the leaves of nested mappings with the keys that lead to them."""
-    if not isinstance(tree, Mapping):
-        yield path, tree
-        return
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        yield from walk(value, (*path, str(key)))
+        inner = isinstance(value, Mapping)
+        leaves = flatten(value, separator) if inner else {"": value}
+        for tail, leaf in leaves.items():
+            name = f"{key}{separator}{tail}" if inner else str(key)
+            if name in flat:
+                raise ValueError(f"two arrays have the name {name!r}. Rename one of them.")
+            flat[name] = leaf
+    return flat

@@ -68,7 +68,7 @@ def checked(
     """
     arrays, notes = {}, []
     for role in roles:
-        array = found.get(role)
+        array = found.arrays.get(role)
         if array is None:
             continue
         name = found.names[role]

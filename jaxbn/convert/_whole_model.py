@@ -143,7 +143,7 @@ def with_options_of(
 
 def with_defaults(one: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keywords of `one`, which reads a layer, and their defaults."""
-    bound = inspect.signature(one).bind({}, **given)
+    bound = inspect.signature(one).bind({}, "", **given)
     bound.apply_defaults()
     return bound.kwargs
 

@@ -55,26 +55,6 @@ def refuse_wide(dtype: jnp.dtype, remedy: str) -> None:
         )
 
 
-def choose_implementation(
-    ndim: int, axes: tuple[int, ...], *, fused: bool, contrib: bool, class_suffices: bool
-) -> Implementation:
-    """Returns the implementation for inputs of rank `ndim` with the feature `axes`.
-
-    Args:
-        ndim: The rank of the inputs.
-        axes: The feature axes, non-negative.
-        fused: Whether the caller allows the fused kernel and no option rules it out.
-        contrib: Whether `tf.contrib.layers.batch_norm` was called.
-        class_suffices: Whether no option is used that the class of `tf.layers` lacked.
-    """
-    by_helper = contrib and fused and (ndim == 2 or (ndim == 4 and not class_suffices))
-    if by_helper or not class_suffices:
-        return Implementation(fused=by_helper, layer_class=False)
-    return Implementation(
-        fused=fused and ndim == 4 and axes in ((1,), (3,)), layer_class=True
-    )
-
-
 class ShapedLayer(NamedTuple):
     """A layer for inputs of one shape and dtype.
 
@@ -129,13 +109,15 @@ class Settings:
 
     def implementation(self, ndim: int) -> Implementation:
         """Returns which implementation TensorFlow used for inputs of rank `ndim`."""
-        return choose_implementation(
-            ndim,
-            canonical_axes(self.axes, (1,) * ndim),
-            fused=self.fused,
-            contrib=self.contrib,
-            class_suffices=self.class_suffices,
-        )
+        images, plain = ndim == 4, self.class_suffices
+        by_helper = ndim == 2 or (images and not plain)
+        if self.contrib and self.fused and by_helper:
+            return Implementation(fused=True, layer_class=False)
+        if not plain:
+            return Implementation(fused=False, layer_class=False)
+        axes = canonical_axes(self.axes, (1,) * ndim)
+        fused = self.fused and images and axes in ((1,), (3,))
+        return Implementation(fused=fused, layer_class=True)
 
     def for_inputs(self, shape: Shape, dtype: jnp.dtype) -> ShapedLayer:
         """Returns the layer for inputs of `shape` and `dtype`, or raises if it is none."""
