@@ -45,16 +45,18 @@ def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
     cut = tiles.cut(of.x, axes, 1) if whole and of.weights is None else None
     if cut is not None:
         return _tiled_moments(axes, of, cut)
-    first, second = _apart(of, 2)
+    first = _unseen(of)
     mean = mean_of(axes, first, upcast(first.x))
+    second = _unseen(of, mean)
     square = mean_of(axes, second, upcast(second.x), upcast(second.x))
     squared = mean * mean
     well = jnp.all(squared <= ILL_CONDITIONED * (square - squared))
     shift = settled(mean)
 
     def again() -> tuple[Array, Array]:
-        (first, by), (second, around) = _apart((of, shift), 2)
+        first, by = _unseen((of, shift))
         slip = mean_of(axes, first, upcast(first.x) - by)
+        second, around = _unseen((of, shift), slip)
         deviation = upcast(second.x) - around
         return slip, mean_of(axes, second, deviation, deviation)
 
@@ -94,11 +96,8 @@ def sums(axes: tuple[int, ...], of: Sums, whole: bool) -> tuple[Array, Array]:
     if of.offset is not None:
         # A ReLU's mask fuses with no sum, so the masked gradient is stored once.
         of = of._replace(t=_behind_barrier(opened(of, of.t)), slope=None, offset=None)
-    first, second = _apart(of, 2)
-    return (
-        accelerator.sums(axes, first, whole)[0],
-        accelerator.sums(axes, second, whole)[1],
-    )
+    total = accelerator.sums(axes, of._replace(t=_unseen(of.t)), whole)[0]
+    return total, accelerator.sums(axes, _unseen(of), whole)[1]
 
 
 def _tiled_sums(of: Sums, cut: tiles.Cut) -> tuple[Array, Array]:
@@ -115,16 +114,15 @@ def _tiled_sums(of: Sums, cut: tiles.Cut) -> tuple[Array, Array]:
     return tiles.sums(products, cut, (of.x, of.t), vectors)
 
 
-def _apart(operands: Any, count: int) -> list[Any]:
-    """Returns the operands `count` times, each as values that XLA has not seen before.
+def _unseen(*arrays: Any) -> Any:
+    """Returns the first argument as values that XLA has not seen before.
 
-    XLA merges identical barriers (CSE), so each holds a number of its own too. Sums of
-    float16 are not fused in any case.
+    XLA merges barriers of the same arrays (CSE): the further arguments tell them apart.
+    Sums of float16 are not fused in any case.
     """
-    if any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(operands)):
-        return [operands] * count
-    held = [(operands, jnp.int32(number)) for number in range(count)]
-    return [lax.optimization_barrier(pair)[0] for pair in held]
+    if any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(arrays)):
+        return arrays[0]
+    return lax.optimization_barrier(arrays)[0]
 
 
 def _behind_barrier(array: Array | None) -> Array | None:

@@ -121,7 +121,7 @@ def _moments_moving(plan, x, weights, batch, moving):
     totals = moments_tangent(x, weights, moments, moving, plan.axes)
     layer = plan.layer
     totals = sum_over_devices(totals, layer.axis_name, layer.axis_index_groups)
-    n = divisor(batch.count)
+    n = batch.count if plan.certain else divisor(batch.count)
     return tuple(total / n.astype(total.dtype) for total in totals)
 
 
