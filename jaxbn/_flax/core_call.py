@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
+from jax.typing import ArrayLike
 
 from jaxbn._accumulation.gather import Gather
 from jaxbn._accumulation.state import Gathered
@@ -16,8 +17,10 @@ from jaxbn._layers.normalizer import Normalizer
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape
 
+_FLOAT32 = jnp.dtype(jnp.float32)
 
-def as_inexact(x: Array, dtype: DTypeLike | None) -> Array:
+
+def as_inexact(x: ArrayLike, dtype: DTypeLike | None) -> Array:
     """Returns `x` as the core takes it; Flax takes integers and NumPy arrays too."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -58,7 +61,10 @@ def zero_stats(shape: Shape, dtype: DTypeLike) -> BatchStats:
 
 def stats_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
     """Returns the dtype in which statistics of arrays of `dtypes` lose nothing."""
-    return at_least_float32(widest(*(jnp.dtype(d) for d in dtypes if d is not None)))
+    kinds = {jnp.dtype(dtype) for dtype in dtypes if dtype is not None}
+    if kinds == {_FLOAT32}:  # promotion takes longer than all else in a call
+        return _FLOAT32
+    return at_least_float32(widest(*kinds))
 
 
 def call_batch_norm(
@@ -68,8 +74,8 @@ def call_batch_norm(
     x: Array,
     training: bool | Array,
     *,
-    mask: Array | None,
-    weights: Array | None,
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
     synchronize: bool = True,
     together: tuple[Array, ...] = (),
 ) -> tuple[Array, BatchStats | Gathered]:
@@ -84,13 +90,13 @@ def call_batch_norm(
             "which needs one more leaf, write Norm(jaxbn.BatchNorm(momentum=None), ...)."
         )
     axes = feature_axes(layer.axis, x.ndim)
-    weights = _merge_mask(mask, weights, x.ndim)
+    weighting = _merge_mask(mask, weights, x.ndim)
     # Flax allows every axis to be a feature axis; the core needs one to reduce, so add an
     # axis of size 1.
     lone = len(axes) == x.ndim
     if lone:
         x, axes = x[None], tuple(axis + 1 for axis in axes)
-        weights = None if weights is None else weights[None]
+        weighting = None if weighting is None else weighting[None]
     axis_name = layer.axis_name if synchronize else None
     groups = None if axis_name is None else layer.axis_index_groups
     bn = _batch_norm(
@@ -110,7 +116,7 @@ def call_batch_norm(
             mean=mean, var=state.var.astype(stats_dtype(state.var.dtype))
         )
     y, state = Gather(bn).apply(
-        params, state, x, training, weights=weights, momentum=layer.momentum
+        params, state, x, training, weights=weighting, momentum=layer.momentum
     )
     return y[0] if lone else y, state
 
@@ -126,11 +132,14 @@ def positive(epsilon: float) -> float:
 
 def result_dtype(dtype: DTypeLike | None, *arrays: Array | None) -> jnp.dtype:
     """Returns `dtype`, or the one that holds all of `arrays`, as Flax resolves it."""
+    kinds = {array.dtype for array in arrays if array is not None}
+    if dtype is None and len(kinds) == 1:
+        return kinds.pop()
     with jax.numpy_dtype_promotion("standard"):
         return jnp.dtype(canonicalize_dtype(*arrays, dtype=dtype))
 
 
-def _merge_mask(mask: Array | None, weights: Array | None, ndim: int) -> Array | None:
+def _merge_mask(mask: ArrayLike | None, weights: Any, ndim: int) -> Any:
     """Returns what the core calls weights; Flax's mask broadcasts to x as NumPy does."""
     if mask is None:
         return weights

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
+from jax.typing import ArrayLike
 
 from jaxbn._flax.core_call import (
     as_inexact,
@@ -88,11 +89,11 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
+        x: ArrayLike,
         use_running_average: bool | Array | None = None,
         *,
-        mask: Array | None = None,
-        weights: Array | None = None,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         update_stats: bool = True,
     ) -> Array:
         """Returns the normalized `x`, and updates the running statistics in training.
