@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike
 
@@ -15,6 +16,7 @@ from jaxbn._dtypes import at_least_float32, widest
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._state import BatchNormParams, BatchStats
+from jaxbn._statistics.named_axes import as_groups
 from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape
 
 _FLOAT32 = jnp.dtype(jnp.float32)
@@ -62,7 +64,8 @@ def zero_stats(shape: Shape, dtype: DTypeLike) -> BatchStats:
 def stats_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
     """Returns the dtype in which statistics of arrays of `dtypes` lose nothing."""
     kinds = {jnp.dtype(dtype) for dtype in dtypes if dtype is not None}
-    if kinds == {_FLOAT32}:  # promotion takes longer than all else in a call
+    # Type promotion takes longer than all else here, and this is the usual case.
+    if kinds == {_FLOAT32}:
         return _FLOAT32
     return at_least_float32(widest(*kinds))
 
@@ -98,18 +101,18 @@ def call_batch_norm(
         x, axes = x[None], tuple(axis + 1 for axis in axes)
         weighting = None if weighting is None else weighting[None]
     axis_name = layer.axis_name if synchronize else None
-    groups = None if axis_name is None else layer.axis_index_groups
+    groups = None if axis_name is None else as_groups(axis_name, layer.axis_index_groups)
     bn = _batch_norm(
         feature_axes=axes,
         epsilon=positive(layer.epsilon),
         use_scale=params.scale is not None,
         use_bias=params.bias is not None,
         axis_name=axis_name,
-        axis_index_groups=None if groups is None else tuple(map(tuple, groups)),
+        axis_index_groups=groups,
         dtype=result_dtype(layer.dtype, x, *params, *together),
     )
     if not isinstance(state, Gathered):
-        # Below float32 a running average stalls: its steps are below its last digit.
+        # A running average in half precision stalls: its steps are below its last digit.
         wider = x.dtype if jnp.iscomplexobj(x) else None
         mean = state.mean.astype(stats_dtype(state.mean.dtype, wider))
         state = state._replace(
@@ -121,13 +124,15 @@ def call_batch_norm(
     return y[0] if lone else y, state
 
 
-# Built and checked once for all layers and calls of these settings.
+# The core's layer is built and checked once for all layers and calls of equal settings.
 _batch_norm = functools.lru_cache(maxsize=1024)(BatchNorm)
 
 
-def positive(epsilon: float) -> float:
+def positive(epsilon: Any) -> float:
     """Returns epsilon as the core takes it: Flax's 0 means as little as possible."""
-    return float(epsilon) or float(jnp.finfo(jnp.float32).tiny)
+    if isinstance(epsilon, (jax.Array, np.ndarray)):
+        epsilon = epsilon.item()
+    return epsilon or float(jnp.finfo(jnp.float32).tiny)
 
 
 def result_dtype(dtype: DTypeLike | None, *arrays: Array | None) -> jnp.dtype:

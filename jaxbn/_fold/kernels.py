@@ -13,7 +13,7 @@ from jaxbn._dtypes import widest
 from jaxbn._fold.affine import Affine
 from jaxbn._typing import Array, Pair
 
-# Padding with values of x itself, or with none: what is padded has passed the norm too.
+# These pad with nothing, or with values of x that have passed the norm too.
 _HARMLESS = ("VALID", "CIRCULAR", "REFLECT")
 
 

@@ -143,7 +143,7 @@ class BatchNorm(nn.Module):
             for variable, leaf in zip(
                 (mean, var, *more), jax.tree.leaves(state), strict=True
             ):
-                # What was asked for in half precision stays so, as in Flax.
+                # Flax keeps the statistics in half precision where this field asks for it.
                 half = not self.force_float32_reductions
                 variable.value = leaf.astype(variable.value.dtype) if half else leaf
         return y

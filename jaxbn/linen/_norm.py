@@ -77,7 +77,7 @@ class Norm(nn.Module):
         init_options = self.init_options or {}
         kinds = kinds_of(self.normalizer, num_features, init_options)
         names = leaf_names(*kinds)
-        # Of what is there already, Flax compares the shape alone, and nothing is drawn.
+        # Flax compares only the shapes of variables that exist, so `init` need not run.
         start = kinds
         if not all(self.has_variable("params", name) for name in names[0]) or not all(
             self.has_variable("batch_stats", name) for name in names[1]

@@ -107,7 +107,7 @@ class BatchNorm(Switchable):
         stats = zero_stats(shape, stats_dtype(dtype, param_dtype))
         self.mean = nnx.BatchStat(stats.mean)
         self.var = nnx.BatchStat(stats.var)
-        # The scale before the bias, so that the same keys give the same layer as in Flax.
+        # The scale comes before the bias, so that equal keys give the same layer as Flax's.
         self.scale: nnx.Param | None = nnx.data(None)
         if use_scale:
             scale = scale_init(rngs.params(), shape, param_dtype)

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxbn._accumulation.gather import Gather
+from jaxbn._compat import set_value
 from jaxbn._flax.core_call import as_training, kinds_of, leaf_names, with_leaves
 from jaxbn._flax.gathered_leaves import gathered_like, is_gathering, more_names
 from jaxbn._layers.normalizer import Normalizer
@@ -150,7 +151,5 @@ def assign(variable: Any, value: Array) -> None:
     """Sets a variable; where the dtype changed, the array is replaced, not written into."""
     if value.dtype == variable[...].dtype:
         variable[...] = value
-    elif hasattr(type(variable), "set_value"):
-        variable.set_value(value)
-    else:  # flax before 0.12
-        variable.value = value
+    else:
+        set_value(variable, value)
