@@ -42,6 +42,14 @@ def enable_x64() -> Any:
     return jax.experimental.enable_x64()  # before JAX 0.8  # pyright: ignore
 
 
+def set_value(variable: Any, value: jax.Array) -> None:
+    """Gives a variable of Flax NNX another array, also one of another dtype."""
+    if hasattr(type(variable), "set_value"):
+        variable.set_value(value)
+    else:  # before Flax 0.12
+        variable.value = value
+
+
 def is_for_one_device(context: Any) -> bool:
     """Tells whether the program being lowered sees whole arrays, not parts of sharded ones.
 

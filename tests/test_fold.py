@@ -338,9 +338,7 @@ def test_a_normalizer_of_ones_own_is_folded():
 @pytest.mark.parametrize("lacking", ["running", "standardize", "scale_and_bias"])
 def test_what_a_normalizer_must_tell_is_named_with_its_signature(lacking):
     known = {name: vars(Deviation)[name] for name in vars(Deviation) if name != lacking}
-    with pytest.raises(
-        TypeError, match=rf"^Mine .*no method {lacking}.*def {lacking}\(self"
-    ):
+    with pytest.raises(TypeError, match=rf"{lacking}, which Mine.*def {lacking}\(self"):
         jaxbn.as_affine(None, STATE, type("Mine", (), known)())
 
 

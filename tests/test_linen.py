@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 import jaxbn
 import jaxbn.linen
+import jaxbn.nnx
 
 
 @contextlib.contextmanager
@@ -473,6 +474,56 @@ def test_norm_of_batch_norm_has_the_tree_of_batch_norm():
     variables = init_zeros.init(jax.random.key(0), X)
     assert kinds(variables) == kinds(VARIABLES)
     np.testing.assert_array_equal(variables["params"]["scale"], jnp.zeros(3))
+
+
+@dataclasses.dataclass(frozen=True)
+class RootMeanSquareNorm(jaxbn.Normalizer):
+    """A normalizer of one's own, written with the protocol alone."""
+
+    momentum: float = 0.5
+
+    def init(self, num_features):
+        ones = jnp.ones(num_features)
+        return {"gain": ones}, jaxbn.BatchStats(0 * ones, ones)
+
+    def standardize(self, mean, var):
+        inverse = jax.lax.rsqrt(mean**2 + var + 1e-6)
+        return inverse, mean * inverse
+
+    def scale_and_bias(self, params):
+        return params["gain"], None
+
+    def track(self, state, batch):
+        return jaxbn.update_running(state, batch, momentum=self.momentum)
+
+
+def test_a_normalizer_of_ones_own_is_a_full_citizen():
+    layer = jaxbn.linen.Norm(RootMeanSquareNorm())
+    variables = layer.init(jax.random.key(0), X, use_running_average=False)
+    assert set(variables["params"]) == {"gain"}
+    y, stats = step(layer, variables, X, use_running_average=False)
+    wide = np.asarray(X, np.float64)
+    np.testing.assert_allclose(y, wide / np.sqrt((wide**2).mean(0) + 1e-6), atol=1e-5)
+    np.testing.assert_allclose(stats["mean"], wide.mean(0) / 2, rtol=1e-5)
+
+    gathered = jaxbn.linen.gather(variables["batch_stats"])
+    for part in jnp.split(X, 2):
+        _, gathered = step(
+            layer, {**variables, "batch_stats": gathered}, part, use_running_average=False
+        )
+    assert_close(jaxbn.linen.track_gathered(gathered), stats, 1e-5)
+    batches = jnp.split(X, 2)
+    stats = jaxbn.linen.reestimate(
+        layer.apply, variables, batches, use_running_average=False
+    )
+    np.testing.assert_allclose(stats["var"], wide.var(0), rtol=1e-5)
+
+    module = jaxbn.nnx.Norm(RootMeanSquareNorm(), 3)
+    module = jaxbn.nnx.reestimate(module, batches)
+    np.testing.assert_allclose(module.var[...], wide.var(0), rtol=1e-5)
+    module = jaxbn.nnx.gather(module)
+    module(X)
+    assert jaxbn.nnx.track_gathered(module).gain.shape == (3,)
 
 
 def train_state(features=3, seed=0):

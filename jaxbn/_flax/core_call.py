@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import canonicalize_dtype
+from jax.typing import ArrayLike
 
 from jaxbn._accumulation.gather import Gather
 from jaxbn._accumulation.state import Gathered
@@ -14,10 +16,13 @@ from jaxbn._dtypes import at_least_float32, widest
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._state import BatchNormParams, BatchStats
+from jaxbn._statistics.named_axes import as_groups
 from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape
 
+_FLOAT32 = jnp.dtype(jnp.float32)
 
-def as_inexact(x: Array, dtype: DTypeLike | None) -> Array:
+
+def as_inexact(x: ArrayLike, dtype: DTypeLike | None) -> Array:
     """Returns `x` as the core takes it; Flax takes integers and NumPy arrays too."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -58,7 +63,11 @@ def zero_stats(shape: Shape, dtype: DTypeLike) -> BatchStats:
 
 def stats_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
     """Returns the dtype in which statistics of arrays of `dtypes` lose nothing."""
-    return at_least_float32(widest(*(jnp.dtype(d) for d in dtypes if d is not None)))
+    kinds = {jnp.dtype(dtype) for dtype in dtypes if dtype is not None}
+    # Type promotion takes longer than all else here, and this is the usual case.
+    if kinds == {_FLOAT32}:
+        return _FLOAT32
+    return at_least_float32(widest(*kinds))
 
 
 def call_batch_norm(
@@ -68,8 +77,8 @@ def call_batch_norm(
     x: Array,
     training: bool | Array,
     *,
-    mask: Array | None,
-    weights: Array | None,
+    mask: ArrayLike | None,
+    weights: ArrayLike | None,
     synchronize: bool = True,
     together: tuple[Array, ...] = (),
 ) -> tuple[Array, BatchStats | Gathered]:
@@ -84,53 +93,58 @@ def call_batch_norm(
             "which needs one more leaf, write Norm(jaxbn.BatchNorm(momentum=None), ...)."
         )
     axes = feature_axes(layer.axis, x.ndim)
-    weights = _merge_mask(mask, weights, x.ndim)
+    weighting = _merge_mask(mask, weights, x.ndim)
     # Flax allows every axis to be a feature axis; the core needs one to reduce, so add an
     # axis of size 1.
     lone = len(axes) == x.ndim
     if lone:
         x, axes = x[None], tuple(axis + 1 for axis in axes)
-        weights = None if weights is None else weights[None]
+        weighting = None if weighting is None else weighting[None]
     axis_name = layer.axis_name if synchronize else None
-    groups = None if axis_name is None else layer.axis_index_groups
+    groups = None if axis_name is None else as_groups(axis_name, layer.axis_index_groups)
     bn = _batch_norm(
         feature_axes=axes,
         epsilon=positive(layer.epsilon),
         use_scale=params.scale is not None,
         use_bias=params.bias is not None,
         axis_name=axis_name,
-        axis_index_groups=None if groups is None else tuple(map(tuple, groups)),
+        axis_index_groups=groups,
         dtype=result_dtype(layer.dtype, x, *params, *together),
     )
     if not isinstance(state, Gathered):
-        # Below float32 a running average stalls: its steps are below its last digit.
+        # A running average in half precision stalls: its steps are below its last digit.
         wider = x.dtype if jnp.iscomplexobj(x) else None
         mean = state.mean.astype(stats_dtype(state.mean.dtype, wider))
         state = state._replace(
             mean=mean, var=state.var.astype(stats_dtype(state.var.dtype))
         )
     y, state = Gather(bn).apply(
-        params, state, x, training, weights=weights, momentum=layer.momentum
+        params, state, x, training, weights=weighting, momentum=layer.momentum
     )
     return y[0] if lone else y, state
 
 
-# Built and checked once for all layers and calls of these settings.
+# The core's layer is built and checked once for all layers and calls of equal settings.
 _batch_norm = functools.lru_cache(maxsize=1024)(BatchNorm)
 
 
-def positive(epsilon: float) -> float:
+def positive(epsilon: Any) -> float:
     """Returns epsilon as the core takes it: Flax's 0 means as little as possible."""
-    return float(epsilon) or float(jnp.finfo(jnp.float32).tiny)
+    if isinstance(epsilon, (jax.Array, np.ndarray)):
+        epsilon = epsilon.item()
+    return epsilon or float(jnp.finfo(jnp.float32).tiny)
 
 
 def result_dtype(dtype: DTypeLike | None, *arrays: Array | None) -> jnp.dtype:
     """Returns `dtype`, or the one that holds all of `arrays`, as Flax resolves it."""
+    kinds = {array.dtype for array in arrays if array is not None}
+    if dtype is None and len(kinds) == 1:
+        return kinds.pop()
     with jax.numpy_dtype_promotion("standard"):
         return jnp.dtype(canonicalize_dtype(*arrays, dtype=dtype))
 
 
-def _merge_mask(mask: Array | None, weights: Array | None, ndim: int) -> Array | None:
+def _merge_mask(mask: ArrayLike | None, weights: Any, ndim: int) -> Any:
     """Returns what the core calls weights; Flax's mask broadcasts to x as NumPy does."""
     if mask is None:
         return weights

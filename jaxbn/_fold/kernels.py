@@ -6,13 +6,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._compat import is_traced
 from jaxbn._dtypes import widest
 from jaxbn._fold.affine import Affine
 from jaxbn._typing import Array, Pair
 
-# Padding with values of x itself, or with none: what is padded has passed the norm too.
+# These pad with nothing, or with values of x that have passed the norm too.
 _HARMLESS = ("VALID", "CIRCULAR", "REFLECT")
 
 
@@ -60,8 +61,8 @@ class KernelLayout(NamedTuple):
 
 
 def fold(
-    kernel: Array,
-    bias: Array | None,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
     affine: Affine,
     *,
     in_axis: int = -2,
@@ -111,22 +112,21 @@ def fold(
         Integer-Arithmetic-Only Inference", 2018, section 3.2.
     """
     layout = KernelLayout(in_axis, out_axis, groups, groups_on)
-    wide = _wide(kernel, bias, affine)
-    grouped = layout.spread(jnp.asarray(kernel)).astype(wide)
+    kernel, bias, wide = _arrays(kernel, bias, affine)
+    grouped = layout.spread(kernel).astype(wide)
     shape = grouped.shape[-3], 1, grouped.shape[-1]
     features = shape[0] * shape[2]
     _check_features(kernel, bias, affine, features, features)
     slope, offset = (part.astype(wide) for part in affine)
     folded = grouped * jnp.expand_dims(slope.reshape(shape), tuple(range(grouped.ndim - 3)))
     if bias is not None:
-        offset = offset + slope * jnp.asarray(bias).astype(wide)
-    kind = jnp.asarray(kernel).dtype
-    return layout.join(folded).astype(kind), offset.astype(kind)
+        offset = offset + slope * bias.astype(wide)
+    return layout.join(folded).astype(kernel.dtype), offset.astype(kernel.dtype)
 
 
 def fold_into_next(
-    kernel: Array,
-    bias: Array | None,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
     affine: Affine,
     *,
     padding: str | int | Sequence[Any] | None = None,
@@ -171,20 +171,18 @@ def fold_into_next(
         [2. 1.] [5.]
     """
     layout = KernelLayout(in_axis, out_axis, groups, groups_on)
-    wide = _wide(kernel, bias, affine)
-    grouped = layout.spread(jnp.asarray(kernel)).astype(wide)
-    _, shape_in, shape_out = grouped.shape[-3:]
-    count = grouped.shape[-3]
+    kernel, bias, wide = _arrays(kernel, bias, affine)
+    grouped = layout.spread(kernel).astype(wide)
+    count, shape_in, shape_out = grouped.shape[-3:]
     _check_features(kernel, bias, affine, count * shape_in, count * shape_out)
     _check_exact(grouped.shape[:-3], affine, padding, transposed)
     slope, offset = (part.astype(wide).reshape(count, shape_in, 1) for part in affine)
     spatial = tuple(range(grouped.ndim - 3))
     total = (grouped.sum(spatial) * offset).sum(1).reshape(-1)
     if bias is not None:
-        total = total + jnp.asarray(bias).astype(wide)
+        total = total + bias.astype(wide)
     folded = layout.join(grouped * jnp.expand_dims(slope, spatial))
-    kind = jnp.asarray(kernel).dtype
-    return folded.astype(kind), total.astype(kind)
+    return folded.astype(kernel.dtype), total.astype(kernel.dtype)
 
 
 def fold_beside(*arrays: Any, after: bool, **options: Any) -> Pair:
@@ -195,10 +193,14 @@ def fold_beside(*arrays: Any, after: bool, **options: Any) -> Pair:
     return fold(*arrays, **{k: v for k, v in options.items() if k not in next_only})
 
 
-def _wide(kernel: Array, bias: Array | None, affine: Affine) -> jnp.dtype:
-    given = [kernel, *affine] if bias is None else [kernel, bias, *affine]
-    kinds = (jnp.asarray(array).dtype for array in given)
-    return widest(jnp.dtype(jnp.float32), *kinds)
+def _arrays(
+    kernel: ArrayLike, bias: ArrayLike | None, affine: Affine
+) -> tuple[Array, Array | None, jnp.dtype]:
+    """Returns the arrays of the layer, and the dtype that loses nothing of all."""
+    kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
+    given = [array for array in (kernel, bias, *affine) if array is not None]
+    wide = widest(jnp.dtype(jnp.float32), *(jnp.result_type(array) for array in given))
+    return kernel, bias, wide
 
 
 def _check_features(

@@ -77,7 +77,7 @@ def find_pairs(variables: Mapping[str, PyTree]) -> tuple[tuple[str, str], ...]:
             for linear, other in layers.linears.items()
             if path and other[:-1] == path[:-1] and _match(str(other[-1]), str(path[-1]))
         ]
-        # The features of the output come last, or last but one in a transposed kernel.
+        # Output features lie on the last axis, or on the one before in a transposed kernel.
         for kernels in (
             [linear for linear, shape in namesakes if shape[-1:] == size],
             [linear for linear, shape in namesakes if shape[2:] and shape[-2:-1] == size],
@@ -86,7 +86,7 @@ def find_pairs(variables: Mapping[str, PyTree]) -> tuple[tuple[str, str], ...]:
                 if len(kernels) == 1:
                     pairs.append((kernels[0], norm))
                 break
-    # Two norms with one partner are told apart by nothing.
+    # Nothing tells which of two norms with one partner is right, so neither is proposed.
     partners = [linear for linear, _ in pairs]
     return tuple(pair for pair in pairs if partners.count(pair[0]) == 1)
 
@@ -107,7 +107,7 @@ def ordered_pairs(
     ordered, used = [], set()
     for pair in pairs:
         linear, norm, after = _ordered(pair, layers)
-        # A linear layer has two sides.
+        # A linear layer may take one norm before it and one after it.
         for name, side in ((norm, None), (linear, after)):
             if (name, side) in used:
                 raise ValueError(

@@ -111,7 +111,7 @@ def _fold_pair(
     state = BatchStats(norm["mean"], norm["var"])
     affine = as_affine(params, state, BatchNorm(epsilon=epsilon))
     bias, left = linear.get("bias"), jnp.zeros_like(affine.bias)
-    # Without a bias of its own, a linear layer of the same model cannot take one.
+    # A linear layer that was made without a bias cannot take one in the same model.
     if not remove and bias is None:
         if not options["after"] and bool(jnp.any(affine.bias)):
             raise ValueError(
@@ -140,7 +140,7 @@ def _let_pass(
             f'norms="folded" gives the norm a variance of 1 - epsilon, got epsilon='
             f'{epsilon}. Use norms="removed".'
         )
-    # By the mean, which a layer without a bias has too, and never in half precision.
+    # The mean adds the offset: a norm without a bias has one, and never in half precision.
     state = stats_of(norm)
     assert state is not None
     state = state.renewed(-offset, jnp.full(jnp.shape(norm["var"]), var))

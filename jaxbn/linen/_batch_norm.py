@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
+from jax.typing import ArrayLike
 
 from jaxbn._flax.core_call import (
     as_inexact,
@@ -88,11 +89,11 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
+        x: ArrayLike,
         use_running_average: bool | Array | None = None,
         *,
-        mask: Array | None = None,
-        weights: Array | None = None,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         update_stats: bool = True,
     ) -> Array:
         """Returns the normalized `x`, and updates the running statistics in training.
@@ -142,7 +143,7 @@ class BatchNorm(nn.Module):
             for variable, leaf in zip(
                 (mean, var, *more), jax.tree.leaves(state), strict=True
             ):
-                # What was asked for in half precision stays so, as in Flax.
+                # Flax keeps the statistics in half precision where this field asks for it.
                 half = not self.force_float32_reductions
                 variable.value = leaf.astype(variable.value.dtype) if half else leaf
         return y

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._accumulation.gather import Gather
 from jaxbn._flax.core_call import kinds_of, leaf_names, num_features_of, with_leaves
@@ -49,7 +50,7 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
+        x: ArrayLike,
         use_running_average: bool | Array | None = None,
         *,
         update_stats: bool = True,
@@ -76,7 +77,7 @@ class Norm(nn.Module):
         init_options = self.init_options or {}
         kinds = kinds_of(self.normalizer, num_features, init_options)
         names = leaf_names(*kinds)
-        # Of what is there already, Flax compares the shape alone, and nothing is drawn.
+        # Flax compares only the shapes of variables that exist, so `init` need not run.
         start = kinds
         if not all(self.has_variable("params", name) for name in names[0]) or not all(
             self.has_variable("batch_stats", name) for name in names[1]
@@ -97,7 +98,7 @@ class Norm(nn.Module):
         y, state = normalizer.apply(
             with_leaves(kinds[0], params),
             gathered_like(state, [variable.value for variable in more]),
-            x,
+            jnp.asarray(x),
             False if self.is_initializing() else training,
             **options,
         )

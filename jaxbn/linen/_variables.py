@@ -1,4 +1,4 @@
-"""What the linen layers share: their mode, and statistics to track, gather, leave out."""
+"""What the linen layers share: their mode, and the statistics among their variables."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class FrozenStatsError(errors.ModifyScopeVariableError, ValueError):
         )
 
 
-# Functions, not methods: linen would list a method of a module in its summaries.
+# These are functions, since linen lists the methods of a module in its summaries.
 
 
 def training_of(

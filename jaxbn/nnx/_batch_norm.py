@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes, initializers
+from jax.typing import ArrayLike
 
 from jaxbn._flax.core_call import (
     as_inexact,
@@ -106,7 +107,7 @@ class BatchNorm(Switchable):
         stats = zero_stats(shape, stats_dtype(dtype, param_dtype))
         self.mean = nnx.BatchStat(stats.mean)
         self.var = nnx.BatchStat(stats.var)
-        # The scale before the bias, so that the same keys give the same layer as in Flax.
+        # The scale comes before the bias, so that equal keys give the same layer as Flax's.
         self.scale: nnx.Param | None = nnx.data(None)
         if use_scale:
             scale = scale_init(rngs.params(), shape, param_dtype)
@@ -132,11 +133,11 @@ class BatchNorm(Switchable):
 
     def __call__(
         self,
-        x: Array,
+        x: ArrayLike,
         use_running_average: bool | Array | None = None,
         *,
-        mask: Array | None = None,
-        weights: Array | None = None,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         update_stats: bool = True,
     ) -> Array:
         """Returns the normalized `x`, and updates the running statistics in training.
@@ -174,7 +175,8 @@ class BatchNorm(Switchable):
         if self.promote_dtype is not dtypes.promote_dtype:
             together = ()
             everything = x, mean, var, scale, bias
-            x, _, _, scale, bias = self.promote_dtype(everything, dtype=self.dtype)
+            promoted = self.promote_dtype(everything, dtype=self.dtype)
+            x, scale, bias = jnp.asarray(promoted[0]), *promoted[3:]
         more = gathering(self, _STATS, update_stats)
         gathered = [getattr(self, name)[...] for name in more]
         y, state = call_batch_norm(

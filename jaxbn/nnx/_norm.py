@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jaxbn._accumulation.gather import Gather
+from jaxbn._compat import set_value
 from jaxbn._flax.core_call import as_training, kinds_of, leaf_names, with_leaves
 from jaxbn._flax.gathered_leaves import gathered_like, is_gathering, more_names
 from jaxbn._layers.normalizer import Normalizer
@@ -83,7 +85,7 @@ class Norm(Switchable):
 
     def __call__(
         self,
-        x: Array,
+        x: ArrayLike,
         use_running_average: bool | Array | None = None,
         *,
         update_stats: bool = True,
@@ -108,7 +110,7 @@ class Norm(Switchable):
         more = gathering(self, names, update_stats)
         normalizer: Any = Gather(self.normalizer) if more else self.normalizer  # pyright: ignore
         state = gathered_like(state, [getattr(self, name)[...] for name in more])
-        y, state = normalizer.apply(params, state, x, training, **options)
+        y, state = normalizer.apply(params, state, jnp.asarray(x), training, **options)
         if more or (training is not False and update_stats):
             for name, leaf in zip([*names, *more], jax.tree.leaves(state), strict=True):
                 assign(getattr(self, name), leaf)
@@ -149,7 +151,5 @@ def assign(variable: Any, value: Array) -> None:
     """Sets a variable; where the dtype changed, the array is replaced, not written into."""
     if value.dtype == variable[...].dtype:
         variable[...] = value
-    elif hasattr(type(variable), "set_value"):
-        variable.set_value(value)
-    else:  # flax before 0.12
-        variable.value = value
+    else:
+        set_value(variable, value)
