@@ -9,59 +9,84 @@ Example:
 
 import importlib as _importlib
 
-# Many batches.
-from jaxbn._accumulation.gather import Gather as Gather
-from jaxbn._accumulation.reestimate import reestimate as reestimate
-from jaxbn._accumulation.state import Gathered as Gathered
-from jaxbn._accumulation.state import gather as gather
-from jaxbn._accumulation.state import track_gathered as track_gathered
-
-# Averages and noise.
-from jaxbn._averages import Ema as Ema
-from jaxbn._averages import EmaState as EmaState
-from jaxbn._dropout import dropout as dropout
-
-# Folding.
-from jaxbn._fold.affine import Affine as Affine
-from jaxbn._fold.affine import as_affine as as_affine
-from jaxbn._fold.check import check_fold as check_fold
-from jaxbn._fold.kernels import fold as fold
-from jaxbn._fold.kernels import fold_into_next as fold_into_next
-from jaxbn._fold.pairs import find_pairs as find_pairs
-from jaxbn._fold.tree import fold_tree as fold_tree
-
-# The pieces.
-from jaxbn._kernels.normalize import normalize as normalize
-
-# The layer.
-from jaxbn._layers.batch_norm import BatchNorm as BatchNorm
-
-# Variants.
-from jaxbn._layers.batch_renorm import BatchRenorm as BatchRenorm
-from jaxbn._layers.batch_renorm import RenormStats as RenormStats
-from jaxbn._layers.functions import apply as apply
-from jaxbn._layers.functions import init as init
-from jaxbn._layers.ghost_batch_norm import GhostBatchNorm as GhostBatchNorm
-from jaxbn._layers.normalizer import Normalizer as Normalizer
-from jaxbn._layers.renorm_limits import RenormLimits as RenormLimits
-from jaxbn._layers.renorm_limits import renorm_limits as renorm_limits
-
-# Devices.
-from jaxbn._replicas import replica_differences as replica_differences
-from jaxbn._replicas import sync_state as sync_state
-from jaxbn._state import BatchNormParams as BatchNormParams
-from jaxbn._state import BatchStats as BatchStats
-from jaxbn._state import RunningStats as RunningStats
-from jaxbn._state import register_stats as register_stats
-from jaxbn._statistics.moments import Moments as Moments
-from jaxbn._statistics.moments import merge_moments as merge_moments
-from jaxbn._statistics.moments import moments as moments
-from jaxbn._statistics.named_axes import axis_groups as axis_groups
-from jaxbn._statistics.running import update_running as update_running
-from jaxbn._statistics.sync import sync_moments as sync_moments
+from jaxbn._accumulation.gather import Gather
+from jaxbn._accumulation.reestimate import reestimate
+from jaxbn._accumulation.state import Gathered, gather, track_gathered
+from jaxbn._averages import Ema, EmaState
+from jaxbn._dropout import dropout
+from jaxbn._fold.affine import Affine, as_affine
+from jaxbn._fold.check import check_fold
+from jaxbn._fold.kernels import fold, fold_into_next
+from jaxbn._fold.pairs import find_pairs
+from jaxbn._fold.tree import fold_tree
+from jaxbn._kernels.normalize import normalize
+from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._layers.batch_renorm import BatchRenorm, RenormStats
+from jaxbn._layers.functions import apply, init
+from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
+from jaxbn._layers.normalizer import Normalizer
+from jaxbn._layers.renorm_limits import RenormLimits, renorm_limits
+from jaxbn._replicas import replica_differences, sync_state
+from jaxbn._state import BatchNormParams, BatchStats, RunningStats, register_stats
+from jaxbn._statistics.moments import Moments, merge_moments, moments
+from jaxbn._statistics.named_axes import axis_groups
+from jaxbn._statistics.running import update_running
+from jaxbn._statistics.sync import sync_moments
 
 __version__ = "0.1.0"
 
+__all__ = [  # noqa: RUF022 (in the order of the documentation)
+    # The layer.
+    "BatchNorm",
+    "BatchNormParams",
+    "BatchStats",
+    "apply",
+    "init",
+    # Variants, and one of your own.
+    "BatchRenorm",
+    "GhostBatchNorm",
+    "Normalizer",
+    "RenormLimits",
+    "RenormStats",
+    "RunningStats",
+    "register_stats",
+    "renorm_limits",
+    # The pieces.
+    "Moments",
+    "merge_moments",
+    "moments",
+    "normalize",
+    "update_running",
+    # Devices.
+    "axis_groups",
+    "replica_differences",
+    "sync_moments",
+    "sync_state",
+    # Many batches.
+    "Gather",
+    "Gathered",
+    "gather",
+    "reestimate",
+    "track_gathered",
+    # Folding.
+    "Affine",
+    "as_affine",
+    "check_fold",
+    "find_pairs",
+    "fold",
+    "fold_into_next",
+    "fold_tree",
+    # Averages and noise.
+    "Ema",
+    "EmaState",
+    "dropout",
+]
+
+# Pickles and tracebacks then name the public module, whichever file defines a name.
+for _name in __all__:
+    globals()[_name].__module__ = __name__
+
+# The subpackages that are imported when they are used first, and their extras.
 _EXTRAS = {
     "convert": "convert",
     "diagnose": "diagnose",

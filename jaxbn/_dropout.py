@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._dtypes import as_float
-from jaxbn._layers.normalizer import split_mode
+from jaxbn._layers.checks import split_mode
 from jaxbn._typing import Array, Key
 
 SCALED_AT = ("training", "inference")

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._typing import Array, DTypeLike
 
@@ -21,7 +22,7 @@ def as_dtype(dtype: DTypeLike | None) -> jnp.dtype | None:
     return dtype
 
 
-def as_float(x: Array) -> Array:
+def as_float(x: ArrayLike) -> Array:
     """Returns `x` as an array, or explains that it must be floating or complex."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -37,6 +38,7 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     return widest(dtype, jnp.float32)
 
 
+@functools.cache
 def widest(*dtypes: jnp.dtype) -> jnp.dtype:
     """Returns the dtype that holds all of `dtypes`, also under strict promotion."""
     with jax.numpy_dtype_promotion("standard"):

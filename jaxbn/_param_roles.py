@@ -1,4 +1,4 @@
-"""What each array of a model is for: the scale of a norm, a bias, a kernel."""
+"""Tells what each array of a model is for: the scale of a norm, a bias, a statistic."""
 
 import re
 from collections.abc import Callable
@@ -7,14 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbn._norm_names import NORM_LAYERS, names_of_role
 from jaxbn._state import BatchNormParams
 from jaxbn._typing import PyTree
 
-_SCALES = {"scale", "gamma", "weight", "w"}
-_BIASES = {"bias", "offset", "beta", "b"}
-_STATS = {"mean", "var", "running_mean", "running_var", "moving_mean", "moving_variance"}
-_NORM_NAME = re.compile(r"norm|(^|[^a-z])bn($|[^a-z])", re.IGNORECASE)
-# Layers whose names say norm and that hold the kernels of others.
+# Haiku's linear layers and convolutions call theirs w and b.
+_SCALES = {*names_of_role("scale"), "w"}
+_BIASES = {*names_of_role("bias"), "b"}
+_STATS = {*names_of_role("mean"), *names_of_role("var")}
+_NORM_NAME = re.compile(NORM_LAYERS, re.IGNORECASE)
+# Wrappers of other layers, whose arrays are the kernels of these.
 _NO_NORM = re.compile(r"weight_?norm|spectral_?norm", re.IGNORECASE)
 
 
@@ -48,7 +50,7 @@ def map_roles(function: Callable[..., Any], params: PyTree, *rest: PyTree) -> Py
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
     """Returns the names along a path of a pytree, without those that NNX adds."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    # What holds an array of NNX is a node of its own.
+    # A variable of NNX is a node of the path, below which its array lies.
     while len(names) > 1 and names[-1] in ("value", "raw_value"):
         names.pop()
     return tuple(names)

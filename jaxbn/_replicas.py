@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._compat import is_traced
 from jaxbn._state import RunningStats, is_stats
 from jaxbn._statistics.moments import Moments
 from jaxbn._statistics.sync import sync_moments
-from jaxbn._typing import Array, AxisGroups, AxisName, PyTree, is_traced
+from jaxbn._typing import Array, AxisGroups, AxisName, PyTree
 
 State = TypeVar("State", bound=RunningStats)
 

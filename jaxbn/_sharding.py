@@ -1,30 +1,31 @@
 """Where values live on a mesh, as far as their types tell: varying axes and shardings."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._compat import cast_to_varying, varying_axes
 from jaxbn._typing import Array
-
-
-def varying_axes(x: Any) -> frozenset[str]:
-    """Returns the manual axes over which an array, or its type, differs between devices."""
-    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    # JAX moved the attribute in 0.10.
-    tracked = getattr(kind, "manual_axis_type", None)
-    axes = getattr(kind, "vma", None) if tracked is None else tracked.varying
-    return frozenset(axes or ())
 
 
 def vary_over(x: Array, axes: frozenset[str]) -> Array:
     """Returns `x` typed as varying over `axes` too; the transpose is one sum over them."""
     missing = tuple(axes - varying_axes(x))
-    if not missing:
-        return x
-    if hasattr(lax, "pcast"):
-        return lax.pcast(x, missing, to="varying")
-    return lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]
+    return cast_to_varying(x, missing) if missing else x
+
+
+Tree = TypeVar("Tree")
+
+
+def vary_together(tree: Tree) -> Tree:
+    """Returns a tree of arrays, each typed as varying over what any of them varies over."""
+    every = [varying_axes(leaf) for leaf in jax.tree.leaves(tree)]
+    axes = frozenset().union(*every)
+    if all(varying == axes for varying in every):
+        return tree
+    return jax.tree.map(lambda leaf: vary_over(leaf, axes), tree)
 
 
 def vary_alike(x: Array, other: Any) -> Array:
@@ -36,12 +37,43 @@ def reshard_like(x: Array, other: Array) -> Array:
     """Returns `x` with the sharding in the type of `other`, an array of its shape.
 
     Only meshes of explicit axes have shardings in types; there, types that should agree
-    must be made to.
+    must be made to. An array from before the mesh has no sharding: it agrees with one that
+    is the same on all devices.
     """
-    wanted = jax.typeof(other).sharding
-    if jax.typeof(x).sharding == wanted or not explicit_axes(other) | explicit_axes(x):
+    have, wanted = jax.typeof(x).sharding, jax.typeof(other).sharding
+    if have == wanted or not explicit_axes(other) | explicit_axes(x):
         return x
+    if wanted.mesh.empty:
+        wanted = have.update(spec=(None,) * x.ndim)
     return jax.sharding.reshard(x, wanted)
+
+
+def where_alike(condition: Array | None, new: Array, old: Any) -> Array:
+    """Returns `jnp.where` of arrays whose shardings are made to agree.
+
+    `new` alone where the condition is None, and so known to hold.
+    """
+    if condition is None:
+        return new
+    old = jnp.asarray(old, new.dtype)
+    if old.shape == new.shape:
+        old = reshard_like(old, new)
+    if condition.shape == new.shape:
+        condition = reshard_like(condition, new)
+    return jnp.where(condition, new, old)
+
+
+def zeros_of_types(kinds: Tree) -> Tree:
+    """Returns zeros of given types: shapes, dtypes, varying axes and shardings."""
+
+    def zeros(kind: Any) -> Array:
+        array = vary_alike(jnp.zeros(kind.shape, kind.dtype), kind)
+        sharding = getattr(kind, "sharding", None)
+        if sharding is None or all(entry is None for entry in sharding.spec):
+            return array
+        return jax.sharding.reshard(array, sharding)
+
+    return jax.tree.map(zeros, kinds)
 
 
 def explicit_axes(x: Array) -> bool:

@@ -33,6 +33,11 @@ class RunningStats(Protocol):
     `gather`, `reestimate`, `sync_state` and the Flax modules work on states alone, without
     the normalizer that they belong to. A NamedTuple of arrays with these two methods, made
     known by `register_stats`, is a full citizen there.
+
+    Example:
+        >>> import jaxbn
+        >>> isinstance(jaxbn.BatchNorm().init(3)[1], jaxbn.RunningStats)
+        True
     """
 
     @property

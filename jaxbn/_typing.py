@@ -16,8 +16,3 @@ PyTree: TypeAlias = Any
 Pair: TypeAlias = tuple[jax.Array, jax.Array]
 Activation: TypeAlias = Callable[..., jax.Array]
 Initializer: TypeAlias = Callable[[Any, Shape, Any], jax.Array]
-
-
-def is_traced(value: object) -> bool:
-    """Tells whether the values of an array are unknown because it is being traced."""
-    return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,16 +1,28 @@
-"""Optimizing models with normalization: roles of params, masks, penalties, averages."""
+"""Optimizing models with normalization: masks, labels, penalties, limits and averages."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from jaxbn._averages import AverageState, ModelAverage
 from jaxbn._dtypes import upcast, widest
-from jaxbn._model_average import AverageState as AverageState
-from jaxbn._model_average import ModelAverage as ModelAverage
 from jaxbn._param_roles import map_roles
 from jaxbn._typing import Array, PyTree
+
+if TYPE_CHECKING:
+    import optax
+
+__all__ = [
+    "AverageState",
+    "ModelAverage",
+    "clip_scale",
+    "decay_mask",
+    "norm_labels",
+    "scale_penalty",
+]
+
+AverageState.__module__ = ModelAverage.__module__ = __name__
 
 
 def decay_mask(params: PyTree) -> PyTree:
@@ -129,13 +141,13 @@ def scale_penalty(params: PyTree, *, l1: float = 0.0, l2: float = 0.0) -> Array:
         return l1 * size.sum() + l2 * jnp.square(size).sum()
 
     terms = jax.tree.leaves(map_roles(penalty, params))
-    dtype = widest(jnp.float32, *(term.dtype for term in terms))
+    dtype = widest(jnp.dtype(jnp.float32), *(term.dtype for term in terms))
     return sum((term.astype(dtype) for term in terms), jnp.zeros((), dtype))
 
 
 def clip_scale(
     minimum: float | None = 0.0, maximum: float | None = None
-) -> optax.GradientTransformation:
+) -> "optax.GradientTransformation":
     r"""Returns a transformation that keeps the scales of all norms within limits.
 
     .. math::
@@ -152,6 +164,7 @@ def clip_scale(
         An `optax.GradientTransformation` whose `update` needs `params`.
 
     Raises:
+        ImportError: Optax is not installed; nothing else in this module needs it.
         ValueError: minimum exceeds maximum, or `update` is called without params.
 
     Example:
@@ -163,12 +176,19 @@ def clip_scale(
         >>> print(optax.apply_updates(params, updates).scale)
         [0.5 0. ]
     """
+    try:
+        import optax
+    except ImportError as error:
+        raise ImportError(
+            "jaxbn.optim.clip_scale needs the package optax, which is not installed. Run "
+            "pip install 'jaxbn[optax]'."
+        ) from error
     if minimum is not None and maximum is not None and not minimum <= maximum:
         raise ValueError(
             f"minimum must not exceed maximum, got {minimum} and {maximum}. Swap them."
         )
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None):
+    def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None):
         if params is None:
             raise ValueError(
                 "clip_scale limits the params after the update, but got no params. Call "

@@ -1,10 +1,12 @@
 """Settings under which every test runs, and the options of the command line."""
 
+import itertools
 from pathlib import Path
 
 import jax
 import pytest
 
+from jaxbn._kernels import cpu as _cpu
 from jaxbn._kernels import tiles as _tiles
 
 jax.config.update("jax_platforms", "cpu")
@@ -34,9 +36,12 @@ def x64():
 def small_tiles(monkeypatch):
     """Takes sums over tiles so small that some rows of small arrays are left over."""
     jax.clear_caches()
-    monkeypatch.setattr(_tiles, "pays", lambda *arguments: True)
-    monkeypatch.setattr(_tiles, "PER_CORE", 1200)
-    monkeypatch.setattr(_tiles, "_cores", lambda: 1)
+    dtypes = "float16", "bfloat16", "float32"
+    monkeypatch.setattr(
+        _tiles, "LARGE", dict.fromkeys(itertools.product(dtypes, (1, 2)), 0)
+    )
+    monkeypatch.setattr(_tiles, "TILE", 1200)
+    monkeypatch.setattr(_cpu, "is_small", lambda x: False)
     yield
     jax.clear_caches()
 

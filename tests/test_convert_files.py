@@ -301,3 +301,24 @@ def test_a_package_that_is_missing_is_named(package, tmp_path, monkeypatch):
     path.write_bytes(tensors({}))
     with pytest.raises(ImportError, match=f"pip install {package}"):
         convert.load(path)
+
+
+def test_a_folder_of_orbax_is_read_as_it_was_saved(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    norm = {"mean": np.zeros(3, F), "var": np.full(3, 2, F)}
+    tree = {"params": {"bn": {"scale": np.ones(3, F)}}, "batch_stats": {"bn": norm}}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", tree)
+    found = convert.find_flax(convert.load(tmp_path / "model"))
+    np.testing.assert_array_equal(found.layers["bn"].state.var, 2)
+    with pytest.raises(convert.CheckpointError, match=r"36 bytes.*max_bytes=35"):
+        convert.load(tmp_path / "model", max_bytes=35)
+    (tmp_path / "model" / "empty").mkdir()
+    with pytest.raises(convert.CheckpointError, match="_METADATA"):
+        convert.load(tmp_path / "model" / "empty")
+
+
+@pytest.mark.parametrize("value", [convert.Converted, convert.EmaBatchNorm, convert.load])
+def test_public_values_name_the_public_module(value):
+    assert value.__module__ == "jaxbn.convert"
+    assert pickle.loads(pickle.dumps(value)) is value

@@ -1,5 +1,6 @@
 """Folding: every kind of kernel against float64 NumPy, whole models, what is refused."""
 
+import dataclasses
 import re
 
 import flax.linen as nn
@@ -249,13 +250,98 @@ def test_a_linen_model_runs_as_it_is_with_folded_variables():
     folded = jaxbn.fold_tree(VARIABLES, epsilon=1e-3, norms="folded")
     before, after = infer(BLOCK, VARIABLES), infer(BLOCK, folded)
     assert jaxbn.check_fold(before, after, X, tolerance=1e-5) > 0
+    # The variables are those of the same model, in structure, shapes and dtypes.
+    kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert kinds(folded) == kinds(VARIABLES)
     # Only what a layer without a bias could not take is left of the norms.
-    assert set(folded["params"]) == {*VARIABLES["params"]} - {"bn2"}
-    assert set(folded["params"]["bn1"]) == {"bias"}
-    assert "bias" not in folded["params"]["conv1"]
-    assert "rsqrt" not in str(jax.make_jaxpr(after)(X))
-    with pytest.raises(ValueError, match="cannot train"):
-        BLOCK.apply(folded, X, train=True, mutable=["batch_stats"])
+    stats = folded["batch_stats"]
+    assert stats["bn1"]["mean"].any()
+    assert not stats["bn2"]["mean"].any()
+
+
+NORMS = {
+    "linen": lambda **fields: jaxbn.linen.BatchNorm(True, **fields),
+    "flax": lambda **fields: nn.BatchNorm(True, **fields),
+    "renorm": lambda **fields: jaxbn.linen.Norm(
+        jaxbn.BatchRenorm(jaxbn.BatchNorm(**fields)), True
+    ),
+}
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_scale": False}, {"use_bias": False}])
+@pytest.mark.parametrize("epsilon", [1e-12, 1e-5, 1.001e-5, 1e-3, 0.3, 1.0])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_folded_norm_is_the_identity_bit_for_bit(norm, epsilon, fields):
+    layer = NORMS[norm](epsilon=epsilon, **fields)
+    x = jnp.asarray(RNG.normal(size=(64, 3)) * 10.0 ** RNG.integers(-9, 9, (64, 3)), "f4")
+    variables = spoiled(layer.init(jax.random.key(0), x))
+    params, stats = variables.get("params", {}), variables["batch_stats"]
+    tree = {
+        "params": {
+            "net": {"fc": {"kernel": jnp.eye(3), "bias": jnp.ones(3)}, "bn": params}
+        },
+        "batch_stats": {"net": {"bn": stats}},
+    }
+    folded = jaxbn.fold_tree(tree, epsilon=epsilon, norms="folded")
+    parts = {name: part["net"].get("bn", {}) for name, part in folded.items()}
+    assert jax.tree.structure(parts["batch_stats"]) == jax.tree.structure(stats)
+    np.testing.assert_array_equal(jax.jit(layer.apply)(parts, x), x)
+
+
+def test_statistics_in_half_precision_are_folded_in_float32():
+    layer = jaxbn.linen.BatchNorm(
+        True, epsilon=1e-3, param_dtype=jnp.bfloat16, force_float32_reductions=False
+    )
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
+    tree = {name: {"bn": part} for name, part in variables.items()}
+    tree["params"]["fc"] = {"kernel": jnp.eye(3)}
+    pairs = [("fc", "bn")]
+    folded = jaxbn.fold_tree(tree, epsilon=1e-3, pairs=pairs, norms="folded")
+    x = jnp.asarray(RNG.normal(size=(64, 3)), jnp.float32)
+    parts = {name: part["bn"] for name, part in folded.items()}
+    np.testing.assert_array_equal(layer.apply(parts, x), x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deviation:
+    """A normalizer of one's own: by |mean| + std instead of std, its affine map told."""
+
+    def init(self, num_features):
+        return None, jaxbn.BatchStats(jnp.zeros(num_features), jnp.ones(num_features))
+
+    def apply(self, params, state, x, training):
+        slope, offset = self.standardize(*self.running(state))
+        return (x - state.mean[None]) * slope[None] + offset[None], state
+
+    def running(self, state):
+        return state.mean, state.var
+
+    def standardize(self, mean, var):
+        return 1 / (jnp.abs(mean) + jnp.sqrt(var)), jnp.ones_like(mean)
+
+    def scale_and_bias(self, params):
+        return None, None
+
+
+def test_a_normalizer_of_ones_own_is_folded():
+    norm = Deviation()
+    state = jaxbn.BatchStats(*trained(3)[2][:2])
+    x = jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32)
+    scale, bias = jaxbn.as_affine(None, state, norm)
+    want, _ = norm.apply(None, state, x, False)
+    np.testing.assert_allclose(x * scale[None] + bias[None], want, rtol=1e-5, atol=1e-5)
+    model = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), jaxbn.nnx.Norm(norm, 3))
+    model.layers[1].mean[...] = state.mean
+    assert jaxbn.check_fold(model, jaxbn.nnx.fold(model), x) < 1e-5
+
+
+@pytest.mark.parametrize("lacking", ["running", "standardize", "scale_and_bias"])
+def test_what_a_normalizer_must_tell_is_named_with_its_signature(lacking):
+    known = {name: vars(Deviation)[name] for name in vars(Deviation) if name != lacking}
+    with pytest.raises(
+        TypeError, match=rf"^Mine .*no method {lacking}.*def {lacking}\(self"
+    ):
+        jaxbn.as_affine(None, STATE, type("Mine", (), known)())
 
 
 def test_a_linen_model_without_norms_takes_the_variables_that_are_left():
@@ -507,6 +593,15 @@ REFUSED = {
     ),
     "options": (lambda: fold_tree(options={"Conv": {}}), "Conv.*conv", "paths"),
     "no_norm": (lambda: fold_tree({"conv": TREE["conv"]}), "no norm", "batch_stats"),
+    "folded_epsilon": (
+        lambda: fold_tree(
+            {"params": {"conv": TREE["conv"]}, "batch_stats": {"bn": TREE["bn"]}},
+            epsilon=2.0,
+            norms="folded",
+        ),
+        "1 - epsilon, got epsilon=2.0",
+        "removed",
+    ),
     "folded_nnx": (lambda: fold_tree(norms="folded"), "single tree", "jaxbn.nnx.fold"),
     "check_shape": (
         lambda: jaxbn.check_fold(lambda x: x, lambda x: x[0], X),
@@ -543,12 +638,25 @@ def test_a_refusal_leaves_the_variables_as_they_were():
     jax.tree.map(np.testing.assert_array_equal, VARIABLES, before)
 
 
-def test_a_folded_norm_with_an_activation_or_residual_is_refused():
+def test_a_folded_norm_still_adds_its_residual_and_applies_its_activation():
     layer = jaxbn.linen.Norm(jaxbn.BatchNorm(activation=jax.nn.relu), True)
-    folded = {"batch_stats": {"folded": jnp.ones((), bool)}}
-    with pytest.raises(ValueError, match=r"activation.*outside"):
-        layer.apply(folded, X)
-    layer = jaxbn.linen.Norm(jaxbn.BatchNorm(), True)
-    np.testing.assert_array_equal(layer.apply(folded, X), X)
-    with pytest.raises(ValueError, match="residual"):
-        layer.apply(folded, X, residual=X)
+    variables = spoiled(layer.init(jax.random.key(0), X))
+    tree = {name: {"bn": part} for name, part in variables.items()}
+    tree["params"]["fc"] = {"kernel": jnp.eye(3)}
+    pairs = [("fc", "bn")]
+    folded = jaxbn.fold_tree(tree, epsilon=1e-5, pairs=pairs, norms="folded")
+    parts = {name: part["bn"] for name, part in folded.items()}
+    want = layer.apply(variables, X, residual=X)
+    y = layer.apply(parts, X @ folded["params"]["fc"]["kernel"], residual=X)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_state_that_orbax_saved_of_a_module_is_understood():
+    model = nnx.Sequential(
+        nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    )
+    plain = nnx.to_pure_dict(nnx.state(model))
+    boxed = jax.tree.map(lambda leaf: {"value": leaf}, plain)
+    assert jaxbn.find_pairs(boxed) == (("layers/0", "layers/1"),)
+    folded = (jaxbn.fold_tree(tree, epsilon=1e-5) for tree in (plain, boxed))
+    jax.tree.map(np.testing.assert_array_equal, *folded)

@@ -337,6 +337,18 @@ def test_extra_keywords():
     assert_close(weighed, repeated, 1e-6)
 
 
+def test_statistics_that_were_cast_to_half_precision_do_not_stall():
+    layer = jaxbn.linen.BatchNorm(False, momentum=0.999)
+    variables = layer.init(jax.random.key(0), X)
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+    for _ in range(3):
+        _, stats = step(layer, variables, X)
+        variables = {**variables, "batch_stats": stats}
+    want = X.mean(0) * (1 - 0.999**3)
+    assert stats["mean"].dtype == jnp.float32
+    np.testing.assert_allclose(stats["mean"], want, rtol=1e-3)
+
+
 def test_what_differs_on_purpose():
     layer = jaxbn.linen.BatchNorm(False)
     x = jax.random.normal(jax.random.key(0), (64, 3))
@@ -491,6 +503,46 @@ def test_the_train_state_cannot_lose_statistics():
         state.apply_gradients(grads=grads, batch_stats=state.variables)
     with pytest.raises(TypeError, match="batch_stats"):
         jaxbn.linen.TrainState.create(apply_fn=state.apply_fn, params={}, tx=state.tx)
+
+
+def test_the_train_state_returns_further_collections_as_flax_does():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = jaxbn.linen.BatchNorm(False)(x)
+            self.sow("losses", "l1", jnp.abs(x).mean())
+            return x
+
+    model = Model()
+    variables = model.init(jax.random.key(0), X)
+    state = jaxbn.linen.TrainState.create(
+        apply_fn=model.apply,
+        tx=optax.sgd(1.0),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+    )
+    for mutable in ("losses", ["losses"], ["batch_stats", "losses"]):
+        _, updates = state.apply(state.params, X, mutable=mutable)
+        assert set(updates) == {"batch_stats", "losses"}
+        _, batch_stats = state.apply(state.params, X)
+        jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], batch_stats)
+
+
+def test_restored_arrays_have_the_dtypes_and_the_shardings_of_the_target():
+    mesh = jax.make_mesh((3,), ("model",), devices=jax.devices()[:3])
+    sharded = jax.sharding.NamedSharding(mesh, PartitionSpec("model"))
+    layer = jaxbn.linen.BatchNorm(True, param_dtype=jnp.bfloat16)
+    saved = jax.tree.map(lambda leaf: np.full(3, 0.5, np.float32), VARIABLES)
+    target = layer.init(jax.random.key(0), X)
+    abstract = jax.eval_shape(layer.init, jax.random.key(0), X)
+    for like in (target, abstract, jax.device_put(target, sharded)):
+        restored = jaxbn.linen.restore(like, saved)
+        assert kinds(restored) == kinds(target)
+        for leaf, old in zip(*map(jax.tree.leaves, (restored, like)), strict=True):
+            assert isinstance(leaf, jax.Array)
+            assert leaf.sharding == (old.sharding or jnp.ones(3).sharding)
+            assert leaf.committed == getattr(old, "committed", False)
+            assert (leaf == 0.5).all()
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_or_is_refused(tmp_path):

@@ -356,6 +356,23 @@ def numbers(module):
     )
 
 
+def test_a_state_that_orbax_read_without_a_target_is_restored(tmp_path):
+    make = lambda dtype: jaxbn.nnx.BatchNorm(3, param_dtype=dtype, rngs=nnx.Rngs(0))
+    layer = make(jnp.float32)
+    layer(X)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "0", nnx.state(layer))
+        checkpointer.wait_until_finished()
+        saved = checkpointer.restore(tmp_path / "0")
+    assert saved["mean"].keys() == {"value"}
+    abstract = nnx.eval_shape(lambda: make(jnp.bfloat16))
+    for target in (make(jnp.bfloat16), abstract):
+        restored = jaxbn.nnx.restore(target, saved)
+        assert isinstance(restored.scale[...], jax.Array)
+        assert restored.scale[...].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(restored.mean[...], layer.mean[...])
+
+
 def test_a_checkpoint_comes_back_bit_for_bit_or_is_refused(tmp_path):
     state = train_state()
     train_step(state, X)

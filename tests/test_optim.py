@@ -1,5 +1,6 @@
 """optim: what is a norm is known in every kind of tree, and optax does as it is told."""
 
+import importlib
 import re
 
 import flax.linen as nn
@@ -284,3 +285,11 @@ def test_a_mistake_gets_a_fact_and_a_remedy(call, error, fact, remedy):
     with pytest.raises(error, match=fact) as caught:
         call()
     assert re.search(remedy, str(caught.value)), caught.value
+
+
+def test_only_clip_scale_needs_optax(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optax", None)
+    importlib.reload(optim)
+    assert optim.decay_mask({"bn": {"scale": jnp.ones(2)}}) == {"bn": {"scale": False}}
+    with pytest.raises(ImportError, match=r"jaxbn\[optax\]"):
+        optim.clip_scale()

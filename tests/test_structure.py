@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn._kernels import reduction as _variance
-from jaxbn._kernels import tiles as _tiles
+from jaxbn._kernels import accelerator, cpu, tiles
+from jaxbn._kernels.accelerator import Reduction
 
 SHAPE = 32, 16, 16, 64
 FUSES_SUMS = jax.__version_info__ >= (0, 10)
@@ -111,11 +111,15 @@ def test_a_small_batch_takes_no_detour():
         assert detour not in program
 
 
-def in_tiles(axes, x, weights, count):
-    return _variance._sampled(axes, x, weights, count, _tiles.tiling(x, axes, 1))
+def in_tiles(axes, of, whole):
+    if of.weights is not None:
+        return cpu.moments(axes, of, whole)
+    return cpu._tiled_moments(axes, of, tiles.cut_of(of.x.shape, axes, 4))
 
 
-@pytest.mark.parametrize("formulation", [_variance._guarded, _variance._sampled, in_tiles])
+@pytest.mark.parametrize(
+    "formulation", [cpu.moments, accelerator.moments, accelerator.two_pass, in_tiles]
+)
 @pytest.mark.parametrize("mean", [0.0, 3.0, 1e2, 1e4, "far apart"])
 @pytest.mark.parametrize("shape", [(64, 64, 4), (8192, 4), (8191, 4)])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -131,11 +135,13 @@ def test_each_formulation_keeps_the_digits(formulation, mean, shape, weighted, s
     weights = rng.integers(0, 3, (*shape[:-1], 1)).astype(np.float32) if weighted else None
     w = np.ones((*shape[:-1], 1)) if weights is None else weights.astype(np.float64)
     count = np.broadcast_to(w.sum(axes), shape[-1:])
-    got_mean, rest, got_var = jax.jit(functools.partial(formulation, axes))(
+    of = Reduction(
         jnp.asarray(x),
         None if weights is None else jnp.asarray(weights),
-        jnp.asarray(count, jnp.float32),
+        jnp.asarray(count, jnp.float32)[(None,) * len(axes)],
     )
+    found = jax.jit(lambda of: formulation(axes, of, False))(of)
+    got_mean, rest, got_var = (array.squeeze(axes) for array in found)
     wide = x.astype(np.float64)
     want_mean = (w * wide).sum(axes) / count
     want_var = (w * (wide - want_mean) ** 2).sum(axes) / count

@@ -8,21 +8,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._accumulation.state import Gathered
-from jaxbn._layers.apply import apply_layer
-from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.batch_renorm import BatchRenorm
-from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
-from jaxbn._layers.normalizer import split_mode
+from jaxbn._layers.checks import split_mode
+from jaxbn._layers.ghost_batches import GhostBatches
+from jaxbn._layers.normalizer import Normalizer, require
+from jaxbn._layers.wrapper import Wrapper
 from jaxbn._sharding import reshard_like
-from jaxbn._state import BatchNormParams
 from jaxbn._statistics.moments import Moments, merge_moments, moments
 from jaxbn._statistics.sync import sync_moments
 from jaxbn._typing import Array
 
+# The keywords of `apply` that its `track` does not take.
+NOT_TRACKED = {"weights", "residual", "adjustment"}
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Gather:
+class Gather(Wrapper[Any]):
     """A norm that can gather: with a state from `gather`, it pools before it tracks.
 
     Each batch is normalized as by `inner`. With a `Gathered` state, the moments of the
@@ -57,24 +58,19 @@ class Gather:
     microbatches lie apart.
     """
 
-    inner: BatchNorm | BatchRenorm | GhostBatchNorm
+    inner: Normalizer
 
     def __post_init__(self):
-        if not isinstance(self.inner, (BatchNorm, BatchRenorm, GhostBatchNorm)):
-            raise TypeError(
-                "Gather pools the moments of a BatchNorm, BatchRenorm or GhostBatchNorm, "
-                f"got {type(self.inner).__name__}. Wrap the layer itself."
-            )
+        require("Gather", self.inner, "standardize", "track", "correction", "running")
 
-    def init(
-        self, num_features: int | tuple[int, ...], **options: Any
-    ) -> tuple[BatchNormParams, Any]:
-        """Returns the params and the state of `inner`; takes the keywords of its `init`."""
-        return self.inner.init(num_features, **options)
+    @property
+    def wrapped(self) -> Any:
+        """What normalizes."""
+        return self.inner
 
     def apply(
         self,
-        params: BatchNormParams,
+        params: Any,
         state: Any,
         x: Array,
         training: bool | Array,
@@ -87,34 +83,21 @@ class Gather:
         if not isinstance(state, Gathered):
             return self.inner.apply(params, state, x, training, **options)
         mode, flag = split_mode(training)
-        ghost = self.inner if isinstance(self.inner, GhostBatchNorm) else None
-        layer = _Pooling(ghost.inner if ghost is not None else self.inner)  # pyright: ignore
+        pooling = _Pooling(self.inner)
         if mode:
-            groups = None if ghost is None else ghost._groups()._replace(averaged=False)
-            return apply_layer(
-                layer,
-                params,
-                state.start,
-                x,
-                True,
-                groups=groups,
-                pooled=state.batch,
-                **options,
+            return pooling.apply(
+                params, state.start, x, True, pooled=state.batch, **options
             )
         y, _ = self.inner.apply(params, state.start, x, training, **options)
-        bn = layer._settings()
-        weights = options.get("weights")
-        batch = moments(x, feature_axes=bn.feature_axes, weights=weights)
-        if bn.axis_name is not None:
-            groups = bn.axis_index_groups
-            batch = sync_moments(batch, bn.axis_name, axis_index_groups=groups)
-        known = {"momentum", "limits"} & set(options)
-        _, after = layer._track(
-            batch,
-            state.start,
-            pooled=state.batch,
-            **{name: options[name] for name in known},
-        )
+        inner, weights = self.wrapped, options.get("weights")
+        batch = moments(x, feature_axes=inner.feature_axes, weights=weights)
+        if inner.axis_name is not None:
+            groups = inner.axis_index_groups
+            batch = sync_moments(batch, inner.axis_name, axis_index_groups=groups)
+        tracking = {
+            name: value for name, value in options.items() if name not in NOT_TRACKED
+        }
+        after = pooling.track(state.start, batch, pooled=state.batch, **tracking)
         if flag is None:
             return y, after._replace(stats=state.stats)
         stats = jax.tree.map(
@@ -125,32 +108,34 @@ class Gather:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Pooling:
-    """A layer, as `apply_layer` asks for one, that pools before it tracks."""
+class _Pooling(Wrapper[Any]):
+    """A normalizer that pools the moments of a batch with earlier ones before it tracks."""
 
-    layer: BatchNorm | BatchRenorm
+    inner: Normalizer
 
-    def _settings(self) -> BatchNorm:
-        return self.layer._settings()
+    @property
+    def wrapped(self) -> Any:
+        return self.inner
 
-    def _stats_fields(self) -> tuple[type, set[str]]:
-        return self.layer._stats_fields()
+    @property
+    def ghost_batches(self) -> GhostBatches | None:
+        """The division of `inner`, of which all elements are always pooled."""
+        ghosts = self.wrapped.ghost_batches
+        return None if ghosts is None else ghosts._replace(averaged=False)
 
-    def _check(
-        self, state: Any, x: Array, tracks: bool, *, pooled: Moments, **options: Any
-    ):
-        self.layer._check(state, x, tracks, **options)
+    def check(self, state: Any, x: Array, tracks: bool, *, pooled: Any, **options: Any):
+        self.wrapped.check(state, x, tracks, **options)
 
-    def _track(self, batch: Moments, state: Any, *, pooled: Moments, **options: Any):
+    def correction(self, state: Any, batch: Moments, *, pooled: Any, **options: Any):
         # What corrects this batch is its own, as without gathering.
-        correction, _ = self.layer._track(batch, state, **options)
-        batch = lax.stop_gradient(batch)
+        return self.wrapped.correction(state, batch, **options)
+
+    def track(self, state: Any, batch: Moments, *, pooled: Moments, **options: Any) -> Any:
         batch = Moments(
             *(
                 reshard_like(new.astype(old.dtype), old)
-                for new, old in zip(batch, pooled, strict=True)
+                for new, old in zip(lax.stop_gradient(batch[:3]), pooled, strict=True)
             )
         )
         pooled = merge_moments(pooled, batch)
-        _, stats = self.layer._track(pooled, state, **options)
-        return correction, Gathered(stats, state, pooled)
+        return Gathered(self.wrapped.track(state, pooled, **options), state, pooled)

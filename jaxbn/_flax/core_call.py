@@ -1,6 +1,7 @@
 """What the layers for Flax's two APIs share: a call of the core in Flax's terms."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape
 
 
-def as_input(x: Array, dtype: DTypeLike | None) -> Array:
+def as_inexact(x: Array, dtype: DTypeLike | None) -> Array:
     """Returns `x` as the core takes it; Flax takes integers and NumPy arrays too."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -39,7 +40,7 @@ def feature_axes(axis: Axes, ndim: int) -> tuple[int, ...]:
     return tuple(sorted({int(a) + ndim if a < 0 else int(a) for a in axes}))
 
 
-def feature_sizes(axis: Axes, shape: Shape) -> Shape:
+def variable_shape(axis: Axes, shape: Shape) -> Shape:
     """Returns the shape of the variables of a layer for inputs of `shape`."""
     axes = feature_axes(axis, len(shape))
     if not all(0 <= a < len(shape) for a in axes):
@@ -84,29 +85,43 @@ def call_batch_norm(
         )
     axes = feature_axes(layer.axis, x.ndim)
     weights = _merge_mask(mask, weights, x.ndim)
-    # Flax lets every axis be a feature axis: a batch of one, told here as such.
+    # Flax allows every axis to be a feature axis; the core needs one to reduce, so add an
+    # axis of size 1.
     lone = len(axes) == x.ndim
     if lone:
         x, axes = x[None], tuple(axis + 1 for axis in axes)
         weights = None if weights is None else weights[None]
     axis_name = layer.axis_name if synchronize else None
-    bn = BatchNorm(
+    groups = None if axis_name is None else layer.axis_index_groups
+    bn = _batch_norm(
         feature_axes=axes,
-        # The core divides by no 0; Flax's epsilon=0 means as little as possible.
-        epsilon=layer.epsilon or float(jnp.finfo(jnp.float32).tiny),
+        epsilon=positive(layer.epsilon),
         use_scale=params.scale is not None,
         use_bias=params.bias is not None,
         axis_name=axis_name,
-        axis_index_groups=None if axis_name is None else layer.axis_index_groups,
+        axis_index_groups=None if groups is None else tuple(map(tuple, groups)),
         dtype=result_dtype(layer.dtype, x, *params, *together),
     )
-    plain = isinstance(state, BatchStats)
-    if plain and jnp.iscomplexobj(x) and not jnp.iscomplexobj(state.mean):
-        state = state._replace(mean=state.mean.astype(stats_dtype(x.dtype)))
+    if not isinstance(state, Gathered):
+        # Below float32 a running average stalls: its steps are below its last digit.
+        wider = x.dtype if jnp.iscomplexobj(x) else None
+        mean = state.mean.astype(stats_dtype(state.mean.dtype, wider))
+        state = state._replace(
+            mean=mean, var=state.var.astype(stats_dtype(state.var.dtype))
+        )
     y, state = Gather(bn).apply(
         params, state, x, training, weights=weights, momentum=layer.momentum
     )
     return y[0] if lone else y, state
+
+
+# Built and checked once for all layers and calls of these settings.
+_batch_norm = functools.lru_cache(maxsize=1024)(BatchNorm)
+
+
+def positive(epsilon: float) -> float:
+    """Returns epsilon as the core takes it: Flax's 0 means as little as possible."""
+    return float(epsilon) or float(jnp.finfo(jnp.float32).tiny)
 
 
 def result_dtype(dtype: DTypeLike | None, *arrays: Array | None) -> jnp.dtype:
@@ -129,19 +144,36 @@ def _merge_mask(mask: Array | None, weights: Array | None, ndim: int) -> Array |
 
 
 def feature_axes_of(normalizer: Normalizer) -> Axes:
-    """Returns the feature axes that a normalizer, or what it wraps, has; or else -1."""
-    inner: Any = normalizer
-    while inner is not None:
-        if hasattr(inner, "feature_axes"):
-            return inner.feature_axes
-        inner = getattr(inner, "inner", getattr(inner, "bn", None))
-    return -1
+    """Returns the feature axes of a normalizer, which is free not to name any."""
+    return getattr(normalizer, "feature_axes", -1)
 
 
 def num_features_of(normalizer: Normalizer, shape: Shape) -> int | Shape:
     """Returns what `normalizer.init` is to be called with for inputs of `shape`."""
-    sizes = feature_sizes(feature_axes_of(normalizer), shape)
+    sizes = variable_shape(feature_axes_of(normalizer), shape)
     return sizes[0] if len(sizes) == 1 else sizes
+
+
+def kinds_of(
+    normalizer: Normalizer, num_features: int | Shape, options: Mapping[str, Any]
+) -> tuple[PyTree, PyTree]:
+    """Returns the shapes of what `normalizer.init` returns, traced once for equal calls."""
+    key = normalizer, num_features, tuple(options.items())
+    try:
+        hash(key)
+    except TypeError:
+        return _kinds_of.__wrapped__(*key)
+    return _kinds_of(*key)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kinds_of(normalizer: Any, num_features: Any, options: tuple[Any, ...]) -> Any:
+    return jax.eval_shape(lambda: normalizer.init(num_features, **dict(options)))
+
+
+def with_leaves(kind: PyTree, leaves: Iterable[Any]) -> Any:
+    """Returns a tree of the structure of `kind`."""
+    return jax.tree.unflatten(jax.tree.structure(kind), leaves)
 
 
 def leaf_names(params: PyTree, state: PyTree) -> tuple[list[str], list[str]]:

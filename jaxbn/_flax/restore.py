@@ -4,65 +4,61 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
-
-from jaxbn._typing import Array
 
 
 def fill(target: dict[Any, Any], saved: dict[Any, Any]) -> dict[Any, Any]:
-    """Returns the nested dict `target` with the leaves of `saved`, in target's dtypes.
+    """Returns the nested dict `target` with the leaves of `saved`.
+
+    They are of the dtypes and on the devices of the leaves of `target`, which may be
+    abstract, from `jax.eval_shape`.
 
     Raises:
         ValueError: `saved` lacks a leaf, has one more, or one of another shape.
     """
     leaves: dict[Any, Any] = flatten_dict(target, keep_empty_nodes=True)
     # A checkpoint may have turned the numbers of list items into strings.
-    found: dict[str, Any] = {
-        _name(path): leaf for path, leaf in flatten_dict(saved).items()
-    }
-    wanted = {_name(path) for path, leaf in leaves.items() if _is_leaf(leaf)}
-    present = {name for name, leaf in found.items() if _is_leaf(leaf)}
-    _check_names(wanted, present)
+    wanted, found = _named(leaves), _named(flatten_dict(saved))
+    if not wanted.keys() & found.keys():
+        # Orbax writes a variable of an `nnx.State` as {"value": array}.
+        found = {name.removesuffix("/value"): leaf for name, leaf in found.items()}
+    facts = []
+    if lacking := sorted(wanted.keys() - found.keys()):
+        facts.append(f"lacks {_some(lacking)}")
+    if surplus := sorted(found.keys() - wanted.keys()):
+        facts.append(f"holds {_some(surplus)}, which the model does not have")
+    if facts:
+        raise ValueError(
+            f"the checkpoint is of another model: it {' and '.join(facts)}. Nothing was "
+            "changed. Save params and batch_stats together, and build the model as it was "
+            "then."
+        )
     different = [
-        f"{_name(path)} has shape {jnp.shape(found[_name(path)])} in the checkpoint and "
+        f"{name} has shape {jnp.shape(found[name])} in the checkpoint and "
         f"{jnp.shape(leaf)} in the model"
-        for path, leaf in leaves.items()
-        if _is_leaf(leaf) and jnp.shape(leaf) != jnp.shape(found[_name(path)])
+        for name, leaf in wanted.items()
+        if jnp.shape(leaf) != jnp.shape(found[name])
     ]
     if different:
         raise ValueError(
             f"the checkpoint is of another model: {_some(different, '; ')}. Nothing was "
             "changed. Build the model as it was when the checkpoint was written."
         )
+    placed = {name: _placed(found[name], leaf) for name, leaf in wanted.items()}
     return unflatten_dict(
-        {
-            path: _like(leaf, found[_name(path)]) if _is_leaf(leaf) else leaf
-            for path, leaf in leaves.items()
-        }
+        {path: placed.get(_name(path), leaf) for path, leaf in leaves.items()}
     )
+
+
+def _named(leaves: dict[Any, Any]) -> dict[str, Any]:
+    """Returns the leaves that are there, by their paths as users write them."""
+    given = {path: leaf for path, leaf in leaves.items() if leaf is not None}
+    return {_name(path): leaf for path, leaf in given.items() if leaf is not empty_node}
 
 
 def _name(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, path))
-
-
-def _is_leaf(leaf: object) -> bool:
-    return leaf is not None and leaf is not empty_node
-
-
-def _check_names(wanted: set[str], present: set[str]) -> None:
-    lacking, surplus = sorted(wanted - present), sorted(present - wanted)
-    if not lacking and not surplus:
-        return
-    facts = []
-    if lacking:
-        facts.append(f"lacks {_some(lacking)}")
-    if surplus:
-        facts.append(f"holds {_some(surplus)}, which the model does not have")
-    raise ValueError(
-        f"the checkpoint is of another model: it {' and '.join(facts)}. Nothing was "
-        "changed. Save params and batch_stats together, and build the model as it was then."
-    )
 
 
 def _some(facts: list[str], separator: str = ", ") -> str:
@@ -71,8 +67,14 @@ def _some(facts: list[str], separator: str = ", ") -> str:
     return separator.join(facts[:5]) + more
 
 
-def _like(leaf: Any, found: Any) -> Array | Any:
-    """Returns `found` in the dtype of the array `leaf`; other values as they are."""
-    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+def _placed(found: Any, leaf: Any) -> Any:
+    """Returns `found` as the array `leaf` is; what is no array of JAX, as it is."""
+    if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         return found
-    return jnp.asarray(found).astype(leaf.dtype)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return found
+    # Cast on the host, so that no device holds more than its part of a sharded array.
+    found = found if isinstance(found, jax.Array) else np.asarray(found)
+    # An array that is not committed to its device stays free to follow others.
+    sharding = leaf.sharding if getattr(leaf, "committed", True) else None
+    return jax.device_put(found.astype(leaf.dtype), sharding)

@@ -2,19 +2,14 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._accumulation.gather import Gather
-from jaxbn._axes import as_axes, expand, reduction_axes
-from jaxbn._dtypes import widest
-from jaxbn._kernels.normalize import normalize
+from jaxbn._compat import is_traced
+from jaxbn._dtypes import real_part, widest
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.batch_renorm import BatchRenorm
-from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
-from jaxbn._layers.normalizer import Normalizer
-from jaxbn._typing import Array, Axes, DTypeLike, is_traced
+from jaxbn._layers.normalizer import Normalizer, require
+from jaxbn._typing import Array
 
 _DEFAULT = BatchNorm()
 
@@ -48,16 +43,16 @@ def as_affine(params: Any, state: Any, normalizer: Normalizer = _DEFAULT) -> Aff
     Args:
         params: The trained params of the norm.
         state: Its running statistics.
-        normalizer: A `BatchNorm`, or a `GhostBatchNorm` or `BatchRenorm`, which are the
-            same in inference.
+        normalizer: A `BatchNorm`, what wraps one, or one of your own with the methods
+            `running`, `standardize` and `scale_and_bias`.
 
     Returns:
         `Affine`, in float32, or in the dtype of params and state where that is wider.
 
     Raises:
-        TypeError: The normalizer is of another kind.
+        TypeError: The normalizer lacks one of the methods.
         ValueError: It has an activation; an array has not the shape of the others, holds
-            NaN or infinity; a variance is not positive.
+            NaN or infinity; a variance is negative.
 
     Example:
         >>> import jax.numpy as jnp, jaxbn
@@ -67,83 +62,55 @@ def as_affine(params: Any, state: Any, normalizer: Normalizer = _DEFAULT) -> Aff
         >>> print(*jaxbn.as_affine(params, state, bn))
         [0.5] [-1.]
     """
-    bn = settings_of(normalizer)
-    return affine_of(state.mean, state.var, *params, epsilon=bn.epsilon)
-
-
-def settings_of(normalizer: Normalizer) -> BatchNorm:
-    """Returns the `BatchNorm` that a normalizer is in inference, if that is affine."""
-    layer: Any = normalizer
-    while isinstance(layer, (Gather, GhostBatchNorm)):
-        layer = layer.inner
-    if not isinstance(layer, (BatchNorm, BatchRenorm)):
-        raise TypeError(
-            f"only a BatchNorm is known to be affine in inference, got "
-            f"{type(normalizer).__name__}. Build an Affine(scale, bias) yourself."
-        )
-    bn = layer._settings()
-    if bn.activation is not None:
-        name = getattr(bn.activation, "__name__", bn.activation)
-        raise ValueError(
-            f"a norm with the activation {name} is no affine map, and cannot be "
-            "folded. Apply the activation outside: BatchNorm(activation=None)."
-        )
-    return bn
-
-
-def affine_of(
-    mean: Array,
-    var: Array,
-    scale: Array | None,
-    bias: Array | None,
-    *,
-    epsilon: float,
-    name: str = "the norm",
-) -> Affine:
-    """Returns the affine map of the arrays of a norm, which `name` names in errors."""
+    _check_affine(normalizer)
+    mean, var = normalizer.running(state)
+    scale, bias = normalizer.scale_and_bias(params)
     arrays = {"mean": mean, "var": var, "scale": scale, "bias": bias}
     arrays = {key: jnp.asarray(a) for key, a in arrays.items() if a is not None}
     for key, array in arrays.items():
         if array.shape != jnp.shape(mean):
             raise ValueError(
-                f"{name} has {key} of shape {array.shape} but mean of shape "
+                f"the norm has {key} of shape {array.shape} but mean of shape "
                 f"{jnp.shape(mean)}. Take all arrays from the same layer."
             )
         if not is_traced(array):
-            _check_values(name, key, array)
+            _check_values(key, array)
     wide = widest(jnp.dtype(jnp.float32), *(array.dtype for array in arrays.values()))
-    axes = tuple(range(1, jnp.ndim(mean) + 1))
+    mean, var = arrays["mean"].astype(wide), arrays["var"].astype(real_part(wide))
+    slope, offset = normalizer.standardize(mean, var)
+    slope = slope.astype(wide)
+    offset = -mean * slope if offset is None else offset.astype(wide) - mean * slope
+    if scale is not None:
+        slope, offset = (part * arrays["scale"].astype(wide) for part in (slope, offset))
+    if bias is not None:
+        offset = offset + arrays["bias"].astype(wide)
+    return Affine(slope, offset)
 
-    def inference(x: Array) -> Array:
-        return normalize(x, **arrays, feature_axes=axes, epsilon=epsilon, dtype=wide)
 
-    # An affine map is its value at 0 and its derivative.
-    zero = jnp.zeros((1, *jnp.shape(mean)), wide)
-    at_zero, slope = jax.jvp(inference, (zero,), (jnp.ones_like(zero),))
-    return Affine(slope[0], at_zero[0])
+def _check_affine(normalizer: Normalizer) -> None:
+    """Raises unless a normalizer tells what affine map it is in inference."""
+    require("as_affine", normalizer, "running", "standardize", "scale_and_bias")
+    activation = getattr(normalizer, "activation", None)
+    if activation is not None:
+        raise ValueError(
+            f"a norm with the activation {getattr(activation, '__name__', activation)} is "
+            "no affine map, and cannot be folded. Apply the activation outside: "
+            "BatchNorm(activation=None)."
+        )
 
 
-def _check_values(name: str, key: str, array: Array) -> None:
+def _check_values(key: str, array: Array) -> None:
     # In NumPy, so that arrays whose values are known are checked inside jit too.
     values = np.asarray(array)
     if not np.isfinite(values).all():
         where = np.argwhere(~np.isfinite(values))[0].tolist()
         raise ValueError(
-            f"{name} has {key}={values[tuple(where)]} at feature {where}. Fold a norm "
+            f"the norm has {key}={values[tuple(where)]} at feature {where}. Fold a norm "
             "whose arrays are finite; jaxbn.reestimate makes new statistics."
         )
     if key == "var" and not (values >= 0).all():
         where = np.argwhere(values < 0)[0].tolist()
         raise ValueError(
-            f"{name} has var={values[tuple(where)]} at feature {where}, which must not be "
-            "negative. Re-estimate the statistics: jaxbn.reestimate."
+            f"the norm has var={values[tuple(where)]} at feature {where}, which must not "
+            "be negative. Re-estimate the statistics: jaxbn.reestimate."
         )
-
-
-def shifted(x: Array, bias: Array | None, feature_axes: Axes, dtype: DTypeLike) -> Array:
-    """Returns what a folded norm makes of `x`: x, or x and what was left of the norm."""
-    if bias is None:
-        return x.astype(dtype)
-    wide = widest(x.dtype, bias.dtype)
-    axes = reduction_axes(as_axes(feature_axes), x.shape)
-    return (x.astype(wide) + expand(bias, axes).astype(wide)).astype(dtype)

@@ -2,18 +2,61 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxbn._compat import is_traced
 from jaxbn._dtypes import widest
 from jaxbn._fold.affine import Affine
-from jaxbn._fold.kernel_layout import KernelLayout
-from jaxbn._typing import Array, Pair, is_traced
+from jaxbn._typing import Array, Pair
 
 # Padding with values of x itself, or with none: what is padded has passed the norm too.
 _HARMLESS = ("VALID", "CIRCULAR", "REFLECT")
+
+
+class KernelLayout(NamedTuple):
+    """Where in a kernel the features are."""
+
+    in_axis: int
+    out_axis: int
+    groups: int
+    groups_on: str
+
+    def spread(self, kernel: Array) -> Array:
+        """Returns the kernel as [..., groups, in of a group, out of a group]."""
+        axes, rank = (self.in_axis, self.out_axis), kernel.ndim
+        if not all(-rank <= a < rank for a in axes) or axes[0] % rank == axes[1] % rank:
+            raise ValueError(
+                f"in_axis={axes[0]} and out_axis={axes[1]} do not name two axes of the "
+                f"kernel of shape {kernel.shape}. Flax has them at -2 and -1."
+            )
+        if self.groups_on not in ("in", "out"):
+            raise ValueError(
+                f'groups_on must be "in" or "out", got {self.groups_on!r}. It names the '
+                "axis that counts the features of all groups."
+            )
+        size = kernel.shape[axes[self.groups_on == "out"]]
+        if self.groups < 1 or size % self.groups:
+            raise ValueError(
+                f"groups={self.groups} does not divide the {size} features of the kernel "
+                f"of shape {kernel.shape}. Check groups, in_axis and out_axis."
+            )
+        kernel = jnp.moveaxis(kernel, axes, (-2, -1))
+        if self.groups_on == "in":
+            return kernel.reshape(*kernel.shape[:-2], self.groups, -1, kernel.shape[-1])
+        kernel = kernel.reshape(*kernel.shape[:-1], self.groups, -1)
+        return jnp.moveaxis(kernel, -2, -3)
+
+    def join(self, grouped: Array) -> Array:
+        """Undoes `spread`."""
+        if self.groups_on == "out":
+            kernel = jnp.moveaxis(grouped, -3, -2)
+            kernel = kernel.reshape(*kernel.shape[:-2], -1)
+        else:
+            kernel = grouped.reshape(*grouped.shape[:-3], -1, grouped.shape[-1])
+        return jnp.moveaxis(kernel, (-2, -1), (self.in_axis, self.out_axis))
 
 
 def fold(
@@ -24,7 +67,7 @@ def fold(
     in_axis: int = -2,
     out_axis: int = -1,
     groups: int = 1,
-    groups_on: str = "out",
+    groups_on: Literal["in", "out"] = "out",
 ) -> Pair:
     r"""Returns the kernel and bias of a linear layer with the norm after it folded in.
 
@@ -77,10 +120,8 @@ def fold(
     folded = grouped * jnp.expand_dims(slope.reshape(shape), tuple(range(grouped.ndim - 3)))
     if bias is not None:
         offset = offset + slope * jnp.asarray(bias).astype(wide)
-    return (
-        layout.join(folded).astype(jnp.asarray(kernel).dtype),
-        offset.astype(jnp.asarray(kernel).dtype),
-    )
+    kind = jnp.asarray(kernel).dtype
+    return layout.join(folded).astype(kind), offset.astype(kind)
 
 
 def fold_into_next(
@@ -93,7 +134,7 @@ def fold_into_next(
     in_axis: int = -2,
     out_axis: int = -1,
     groups: int = 1,
-    groups_on: str = "out",
+    groups_on: Literal["in", "out"] = "out",
 ) -> Pair:
     r"""Returns the kernel and bias of a linear layer with the norm before it folded in.
 
@@ -146,6 +187,14 @@ def fold_into_next(
     return folded.astype(kind), total.astype(kind)
 
 
+def fold_beside(*arrays: Any, after: bool, **options: Any) -> Pair:
+    """Returns `fold` for a norm after the layer, `fold_into_next` for one before it."""
+    if not after:
+        return fold_into_next(*arrays, **options)
+    next_only = {"padding", "transposed"}
+    return fold(*arrays, **{k: v for k, v in options.items() if k not in next_only})
+
+
 def _wide(kernel: Array, bias: Array | None, affine: Affine) -> jnp.dtype:
     given = [kernel, *affine] if bias is None else [kernel, bias, *affine]
     kinds = (jnp.asarray(array).dtype for array in given)
@@ -174,19 +223,19 @@ def _check_exact(
     """Raises unless the offset of the norm reaches every output alike."""
     if not spatial or (not is_traced(affine.bias) and not bool(jnp.any(affine.bias))):
         return
+    if isinstance(padding, str):
+        single = padding.upper().startswith("SAME") and math.prod(spatial) == 1
+        pads = not single and padding.upper() not in _HARMLESS
+    else:
+        pads = any(jax.tree.leaves(padding))
     if transposed:
         why = "a transposed convolution spreads it unevenly over its outputs"
     elif padding is None:
         why = "the padding of the convolution is not told"
-    elif isinstance(padding, str):
-        single = padding.upper().startswith("SAME") and math.prod(spatial) == 1
-        if single or padding.upper() in _HARMLESS:
-            return
+    elif pads:
         why = f"padding={padding!r} adds zeros behind the norm"
-    elif not any(jax.tree.leaves(padding)):
-        return
     else:
-        why = f"padding={padding!r} adds zeros behind the norm"
+        return
     raise ValueError(
         f"the norm has an offset that is not 0, and {why}, so folding would not be exact. "
         "Keep this norm, or fold it into the layer before it; if there is no padding, say "

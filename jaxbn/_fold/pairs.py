@@ -1,18 +1,17 @@
 """The norms and linear layers of a tree of variables, and which belong together by name."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from jaxbn._norm_names import LINEAR_LAYERS, NORM_LAYERS
 from jaxbn._typing import PyTree
 
 Path = tuple[Any, ...]
 
-_NORM = r"batch_?norm|norm|(?<![a-z])bn(?![a-z])"
-_LINEAR = r"conv_?transpose|conv|dense|linear|(?<![a-z])fc(?![a-z])"
-_WORDS = re.compile(f"{_NORM}|{_LINEAR}", re.IGNORECASE)
+_WORDS = re.compile(f"{NORM_LAYERS}|{LINEAR_LAYERS}", re.IGNORECASE)
 
 
 class Layers(NamedTuple):
@@ -24,7 +23,7 @@ class Layers(NamedTuple):
 
 def find_layers(variables: Mapping[str, PyTree]) -> Layers:
     """Returns the layers of variables of linen, or of a nested dict of NNX."""
-    params, stats = split(variables)
+    params, stats = split(as_plain(variables))
     norms = {
         name_of(path): path
         for path, node in _nodes(stats)
@@ -50,7 +49,8 @@ def find_pairs(variables: Mapping[str, PyTree]) -> tuple[tuple[str, str], ...]:
     activation. `check_fold` tells.
 
     Args:
-        variables: Those of a linen model, or a nested dict of NNX.
+        variables: Those of a linen model, or a nested dict of NNX, also as Orbax returns
+            the state of an NNX model that it saved.
 
     Returns:
         Pairs (linear layer, norm) of paths, with slashes, for `fold_tree`. A norm without
@@ -66,6 +66,7 @@ def find_pairs(variables: Mapping[str, PyTree]) -> tuple[tuple[str, str], ...]:
         >>> jaxbn.find_pairs(tree)
         (('conv1', 'bn1'),)
     """
+    variables = as_plain(variables)
     params, stats = split(variables)
     layers = find_layers(variables)
     pairs = []
@@ -88,6 +89,80 @@ def find_pairs(variables: Mapping[str, PyTree]) -> tuple[tuple[str, str], ...]:
     # Two norms with one partner are told apart by nothing.
     partners = [linear for linear, _ in pairs]
     return tuple(pair for pair in pairs if partners.count(pair[0]) == 1)
+
+
+def ordered_pairs(
+    variables: Mapping[str, PyTree], layers: Layers, pairs: Sequence[Sequence[str]] | None
+) -> list[tuple[str, str, bool]]:
+    """Returns `pairs`, or all, as (linear, norm, whether the norm comes after)."""
+    if pairs is None:
+        pairs = find_pairs(variables)
+        lonely = sorted(set(layers.norms) - {norm for _, norm in pairs})
+        if lonely:
+            raise ValueError(
+                f"the names do not tell which linear layers {lonely} come after, among "
+                f"{sorted(layers.linears)}. Pass pairs=[(linear, norm), ...], or "
+                "pairs=jaxbn.find_pairs(variables) to leave these norms as they are."
+            )
+    ordered, used = [], set()
+    for pair in pairs:
+        linear, norm, after = _ordered(pair, layers)
+        # A linear layer has two sides.
+        for name, side in ((norm, None), (linear, after)):
+            if (name, side) in used:
+                raise ValueError(
+                    f"{name} is in two pairs. A norm is folded once, and a linear layer "
+                    "takes one norm on each side."
+                )
+            used.add((name, side))
+        ordered.append((linear, norm, after))
+    return ordered
+
+
+def _ordered(pair: Sequence[str], layers: Layers) -> tuple[str, str, bool]:
+    if isinstance(pair, str) or len(pair) < 2:
+        raise ValueError(
+            f"{pair!r} is no pair of layers. Write (linear, norm) or (norm, linear)."
+        )
+    if len(pair) > 2:
+        raise ValueError(
+            f"between {pair[0]} and {pair[-1]} lies {', '.join(pair[1:-1])}, and a norm "
+            "moves past no activation: folding is exact for neighbours only. Leave this "
+            "pair out."
+        )
+    first, second = pair
+    if first in layers.linears and second in layers.norms:
+        return first, second, True
+    if first in layers.norms and second in layers.linears:
+        return second, first, False
+    raise ValueError(
+        f"{tuple(pair)} is no pair of a norm and a linear layer: the norms are "
+        f"{sorted(layers.norms)}, the linear layers {sorted(layers.linears)}. Write paths "
+        "with slashes."
+    )
+
+
+def as_plain(tree: Mapping[Any, PyTree]) -> dict[Any, Any]:
+    """Returns a nested dict of its own with the same arrays.
+
+    Without the {"value": array} that Orbax writes for each variable of an `nnx.State`.
+    """
+    leaves = (
+        key
+        for _, node in _nodes(tree)
+        for key, part in node.items()
+        if not isinstance(part, Mapping)
+    )
+    boxed = all(key == "value" for key in leaves)
+
+    def plain(part: PyTree) -> PyTree:
+        if not isinstance(part, Mapping):
+            return part
+        if boxed and part.keys() == {"value"}:
+            return part["value"]
+        return {key: plain(inner) for key, inner in part.items()}
+
+    return {key: plain(part) for key, part in tree.items()}
 
 
 def split(variables: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:

@@ -1,17 +1,24 @@
 """Folding in a whole model: pairs of layers in a tree of variables, by their names."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
-from jaxbn._fold.affine import Affine, affine_of
-from jaxbn._fold.kernels import fold, fold_into_next
-from jaxbn._fold.pairs import Layers, Path, find_layers, find_pairs, node_at, split
-from jaxbn._typing import PyTree
-
-# What `fold` does not need to know.
-_ONLY_NEXT = ("padding", "transposed")
+from jaxbn._dtypes import at_least_float32
+from jaxbn._fold.affine import Affine, as_affine
+from jaxbn._fold.kernels import fold_beside
+from jaxbn._fold.pairs import (
+    as_plain,
+    find_layers,
+    node_at,
+    ordered_pairs,
+    split,
+)
+from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._state import BatchNormParams, BatchStats, stats_of
+from jaxbn._typing import Array, PyTree
 
 
 def fold_tree(
@@ -20,20 +27,21 @@ def fold_tree(
     epsilon: float | Mapping[str, float],
     pairs: Sequence[Sequence[str]] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    norms: str = "removed",
+    norms: Literal["removed", "folded"] = "removed",
 ) -> dict[str, Any]:
     """Returns the variables of a Flax model with its norms folded into their neighbours.
 
     With norms="removed", the variables are those of the same model without these norms,
     whose linear layers all have a bias: build it so, or for NNX, use `jaxbn.nnx.fold`.
-    With norms="folded", they are for the same linen model as it is: its layers
-    `jaxbn.linen.BatchNorm` and `Norm` find a leaf `folded` among their statistics, and
-    hand their input on, or where the linear layer has no bias of its own, add what is
-    left of the norm: its bias.
+    With norms="folded", they are for the same linen model as it is, whoever wrote its
+    norms: each gets the arrays with which it is exactly the identity in inference (a
+    variance of 1 - epsilon, a mean and a bias of 0, a scale of 1), or where the linear
+    layer has no bias of its own, adds what is left of the norm, by its mean. In training,
+    a layer would normalize all the same: train with the variables from before.
 
     Args:
         variables: {"params": ..., "batch_stats": ...} of linen, or the nested dict of NNX,
-            nnx.to_pure_dict(nnx.state(model)).
+            nnx.to_pure_dict(nnx.state(model)), or that of a checkpoint of its state.
         epsilon: That of the norms, which no array tells, or those of each by its path.
         pairs: Pairs of paths with slashes, in the order of application: (linear, norm), or
             (norm, linear). None for `find_pairs`, which must then know all norms.
@@ -57,6 +65,7 @@ def fold_tree(
         {'conv1': {'kernel': Array([[2.]], dtype=float32),
                    'bias': Array([-0.5], dtype=float32)}}
     """
+    variables = as_plain(variables)
     layers = find_layers(variables)
     if norms not in ("removed", "folded"):
         raise ValueError(f'norms must be "removed" or "folded", got {norms!r}.')
@@ -65,134 +74,80 @@ def fold_tree(
             'norms="folded" is for the variables of linen, {"params": ..., "batch_stats": '
             '...}, got a single tree. Use norms="removed", or jaxbn.nnx.fold(model).'
         )
-    ordered = checked_pairs(
-        layers, all_pairs(variables, layers) if pairs is None else pairs
-    )
-    unknown = set(options or ()) - set(layers.linears)
+    options = options or {}
+    ordered = ordered_pairs(variables, layers, pairs)
+    unknown = set(options) - set(layers.linears)
     if unknown:
         raise ValueError(
             f"options name {sorted(unknown)}, but the linear layers are "
             f"{sorted(layers.linears)}. Write paths with slashes."
         )
-    folded = _copy(variables)
-    for first, second in ordered:
-        linear, norm = (first, second) if first in layers.linears else (second, first)
-        settings = dict((options or {}).get(linear, {}))
+    params, stats = split(variables)
+    for linear, norm, after in ordered:
         try:
             _fold_pair(
-                folded,
-                (layers.linears[linear], layers.norms[norm]),
-                first == linear,
+                node_at(params, layers.linears[linear]),
+                node_at(stats, layers.norms[norm]),
+                node_at(params, layers.norms[norm]),
                 _epsilon_of(epsilon, norm),
-                settings,
                 norms == "removed",
+                {"after": after, **options.get(linear, {})},
             )
         except ValueError as error:
             raise ValueError(f"cannot fold {norm} and {linear}: {error}") from error
-    return _pruned(folded)
+    return _pruned(variables)
 
 
 def _fold_pair(
-    tree: dict[str, Any],
-    paths: tuple[Any, Any],
-    after: bool,
+    linear: dict[str, Any],
+    norm: dict[str, Any],
+    trained: dict[str, Any],
     epsilon: float,
-    settings: dict[str, Any],
     remove: bool,
+    options: dict[str, Any],
 ) -> None:
-    """Folds one norm of the copied `tree`, in place."""
-    params, stats = split(tree)
-    linear, norm = node_at(params, paths[0]), node_at(stats, paths[1])
-    trained = _made(params, paths[1])
-    affine = affine_of(
-        norm["mean"],
-        norm["var"],
-        trained.get("scale"),
-        trained.get("bias"),
-        epsilon=epsilon,
-    )
-    bias = linear.get("bias")
-    for name in () if not after else _ONLY_NEXT:
-        settings.pop(name, None)
-    if not remove and bias is None and not after and bool(jnp.any(affine.bias)):
-        raise ValueError(
-            "the linear layer has no bias to take the offset of the norm before it. Give "
-            'it one (use_bias=True), or use norms="removed".'
-        )
+    """Folds a norm of the statistics `norm` and the params `trained`, in place."""
+    params = BatchNormParams(trained.get("scale"), trained.get("bias"))
+    state = BatchStats(norm["mean"], norm["var"])
+    affine = as_affine(params, state, BatchNorm(epsilon=epsilon))
+    bias, left = linear.get("bias"), jnp.zeros_like(affine.bias)
     # Without a bias of its own, a linear layer of the same model cannot take one.
-    left = affine.bias if not remove and bias is None and after else None
-    if left is not None:
-        affine = Affine(affine.scale, jnp.zeros_like(affine.bias))
-    kernel, offset = (fold if after else fold_into_next)(
-        linear["kernel"], bias, affine, **settings
-    )
-    linear["kernel"] = kernel
+    if not remove and bias is None:
+        if not options["after"] and bool(jnp.any(affine.bias)):
+            raise ValueError(
+                "the linear layer has no bias to take the offset of the norm before it. "
+                'Give it one (use_bias=True), or use norms="removed".'
+            )
+        left, affine = affine.bias, Affine(affine.scale, left)
+    linear["kernel"], offset = fold_beside(linear["kernel"], bias, affine, **options)
     if remove or bias is not None:
         linear["bias"] = offset
-    trained.clear()
-    norm.clear()
-    if left is not None:
-        trained["bias"] = left
-    if not remove:
-        norm["folded"] = jnp.ones((), bool)
+    if remove:
+        trained.clear()
+        norm.clear()
+    else:
+        _let_pass(norm, trained, left, epsilon)
 
 
-def _made(tree: PyTree, path: Path) -> dict[str, Any]:
-    """Returns the part of a nested dict at `path`, put there where it is missing."""
-    for key in path:
-        tree = tree.setdefault(key, {})
-    return tree
-
-
-def all_pairs(variables: Mapping[str, PyTree], layers: Layers) -> Any:
-    pairs = find_pairs(variables)
-    lonely = sorted(set(layers.norms) - {norm for _, norm in pairs})
-    if lonely:
+def _let_pass(
+    norm: dict[str, Any], trained: dict[str, Any], offset: Array, epsilon: float
+) -> None:
+    """Gives a norm the arrays with which inference returns exactly x + offset."""
+    dtype = at_least_float32(jnp.result_type(norm["var"]))
+    var = np.ones((), dtype) - np.asarray(epsilon, dtype)
+    if var < 0:
         raise ValueError(
-            f"the names do not tell which linear layers {lonely} come after, among "
-            f"{sorted(layers.linears)}. Pass pairs=[(linear, norm), ...], or "
-            "pairs=jaxbn.find_pairs(variables) to leave these norms as they are."
+            f'norms="folded" gives the norm a variance of 1 - epsilon, got epsilon='
+            f'{epsilon}. Use norms="removed".'
         )
-    return pairs
-
-
-def checked_pairs(layers: Layers, pairs: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
-    """Returns the pairs, each a norm and a linear layer, none of them folded twice."""
-    used: set[Any] = set()
-    for pair in pairs:
-        if isinstance(pair, str) or len(pair) < 2:
-            raise ValueError(
-                f"{pair!r} is no pair of layers. Write (linear, norm) or (norm, linear)."
-            )
-        if len(pair) > 2:
-            raise ValueError(
-                f"between {pair[0]} and {pair[-1]} lies {', '.join(pair[1:-1])}, and a "
-                "norm moves past no activation: folding is exact for neighbours only. "
-                "Leave this pair out."
-            )
-        kinds = {name in layers.norms: name for name in pair if name in _names(layers)}
-        if len(kinds) != 2:
-            raise ValueError(
-                f"{tuple(pair)} is no pair of a norm and a linear layer: the norms are "
-                f"{sorted(layers.norms)}, the linear layers {sorted(layers.linears)}. "
-                "Write paths with slashes."
-            )
-        sides = (
-            kinds[True],
-            (kinds[False], "after" if pair[0] == kinds[False] else "before"),
-        )
-        for side in sides:
-            if side in used:
-                raise ValueError(
-                    f"{side if isinstance(side, str) else side[0]} is in two pairs. A norm "
-                    "is folded once, and a linear layer takes one norm on each side."
-                )
-        used |= set(sides)
-    return [(pair[0], pair[1]) for pair in pairs]
-
-
-def _names(layers: Layers) -> set[str]:
-    return {*layers.norms, *layers.linears}
+    # By the mean, which a layer without a bias has too, and never in half precision.
+    state = stats_of(norm)
+    assert state is not None
+    state = state.renewed(-offset, jnp.full(jnp.shape(norm["var"]), var))
+    norm |= {name: leaf for name, leaf in state._asdict().items() if leaf is not None}
+    for name, value in ("scale", 1), ("bias", 0):
+        if name in trained:
+            trained[name] = jnp.full_like(trained[name], value)
 
 
 def _epsilon_of(epsilon: float | Mapping[str, float], norm: str) -> float:
@@ -204,13 +159,6 @@ def _epsilon_of(epsilon: float | Mapping[str, float], norm: str) -> float:
             "every norm, or one number for all."
         )
     return epsilon[norm]
-
-
-def _copy(tree: PyTree) -> Any:
-    """Returns a nested dict of its own with the same arrays."""
-    if not isinstance(tree, Mapping):
-        return tree
-    return {key: _copy(part) for key, part in tree.items()}
 
 
 def _pruned(tree: Any) -> Any:

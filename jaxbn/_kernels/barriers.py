@@ -1,94 +1,52 @@
-"""What the compiler must not share, since reading twice is faster than keeping."""
+"""Optimization barriers that stop XLA from keeping what is cheaper to compute again."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._dtypes import upcast
+from jaxbn._kernels.accelerator import is_small
+from jaxbn._kernels.operation import Operation
 from jaxbn._typing import Array
 
-# Smaller arrays stay in the nearest cache, where a barrier costs more than it saves.
-SMALL = 1 << 16
+
+def _same(_: Any, operands: tuple[Array], whole: bool) -> tuple[Array]:
+    return operands
 
 
-class Input(NamedTuple):
-    """One array in three roles.
-
-    Attributes:
-        value: What the forward pass reads.
-        kept: What is kept for the backward pass and read there.
-        wide: Where alone tangents come in and gradients go out, in the dtype in which they
-            are summed before they are rounded. Its values are never read.
-    """
-
-    value: Array
-    kept: Array
-    wide: Array
+def _barrier(_: Any, operands: tuple[Array], whole: bool) -> tuple[Array]:
+    # Nested twice, so that CSE does not merge it with a barrier of the formulations.
+    return lax.optimization_barrier(lax.optimization_barrier(operands))
 
 
-def as_input(x: Array, *, recomputes: bool = False) -> Input:
-    """Returns `x` in its three roles.
-
-    With `recomputes`, the backward pass computes again what the forward pass has computed:
-    on a GPU the compiler would keep it instead if it saw that.
-    """
-    kept = x
-    if recomputes and not is_small(x):
-        barrier = lax.optimization_barrier
-        kept = lax.platform_dependent(x, cuda=barrier, rocm=barrier, default=same)
-    return Input(x, kept, upcast(x))
-
-
-def hidden(x: Array, *others: Any) -> tuple[Any, ...]:
-    """Returns the arguments as values that the compiler has not seen before.
-
-    For code that runs on CPU. There XLA runs a sum fast only if it can fuse all that the
-    sum reads, and gives that up when something else reads the same intermediate value.
-    Other backends fuse such sums into one kernel, which a barrier would split. Two barriers
-    of the same arrays count as one: give the second one something else to hold too.
-    """
-    if not is_isolable(x):
-        return x, *others
-    return tuple(lax.optimization_barrier((x, *others)))
+def _barrier_operation(name: str, platforms: tuple[str, ...]) -> Operation:
+    operation = Operation(
+        name, lambda _, operands: operands, _same, dict.fromkeys(platforms, _barrier)
+    )
+    operation.def_tangent(
+        lambda _, of, moving: (operation(None, of), operation(None, moving))
+    )
+    operation.def_transpose(
+        lambda _, of, wanted, gradients: operation(None, tuple(gradients))
+    )
+    return operation
 
 
-def isolated(x: Array, *others: Any) -> tuple[Any, ...]:
-    """Returns the arguments, `hidden` on CPU, for code that runs on every platform.
+_ON_CPU = _barrier_operation("barrier_on_cpu", ("cpu",))
+# A GPU too: there XLA would keep a ReLU's mask, an array of x's shape, instead of computing
+# it again from x (9.1 instead of 7 units of traffic, docs/performance.md).
+_OFF_TPU = _barrier_operation("barrier_off_tpu", ("cpu", "cuda", "rocm"))
 
-    Each for itself, since what passes a barrier together varies over the same devices.
+
+def computed_apart(
+    x: Array, *vectors: Array | None, recomputes: bool = False
+) -> tuple[Any, ...]:
+    """Returns the arguments as values that XLA has not seen before, on CPU.
+
+    Without it, the loop over x would compute vectors again for each element, and what a
+    forward pass has made of x would be stored for the backward pass. With `recomputes`, x
+    is hidden on GPUs too.
     """
     if is_small(x):
-        return x, *others
-    return on_cpu_or_not(each_hidden, same, (x, *others))
-
-
-def each_hidden(arrays: Any) -> Any:
-    """Returns a tree of arrays, each hidden for itself, for code that runs on CPU."""
-    # Twice, or it would count as the same as a value that `hidden` has hidden alone.
-    barrier = lax.optimization_barrier
-    return jax.tree.map(lambda array: barrier(barrier(array)), arrays)
-
-
-def on_cpu_or_not(
-    on_cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any
-) -> Any:
-    """Returns what the function for the platform of the program makes of `args`."""
-    return lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
-
-
-def is_small(x: Array) -> bool:
-    """Tells whether `x` is so small that only the number of operations counts."""
-    return x.size * x.dtype.itemsize < SMALL
-
-
-def is_isolable(x: Array) -> bool:
-    """Tells whether `hidden` is of use: sums of float16 are not fused in any case."""
-    return not is_small(x) and x.dtype != jnp.float16
-
-
-def same(x: Any) -> Any:
-    """Returns `x`."""
-    return x
+        return x, *vectors
+    (x,) = (_OFF_TPU if recomputes else _ON_CPU)(None, (x,))
+    return x, *(None if v is None else _ON_CPU(None, (v,))[0] for v in vectors)

@@ -3,6 +3,8 @@
 Needed where sums over devices must not cancel: one collective carries them all.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -24,6 +26,19 @@ def halves(a: Array) -> Pair:
     Thousands of leading halves of about one size add up without any rounding.
     """
     high = _leading(a, (jnp.finfo(a.dtype).nmant + 1) // 2)
+    return high, a - high
+
+
+def halves_below(a: Array, above: Array) -> Pair:
+    """Returns `a` as a sum of two numbers, the first with half the digits below `above`.
+
+    `a` is what the rounding of a sum left out, of `above`. Cut where its own digits begin,
+    as `halves` does, those of several devices would not be cut at one place.
+    """
+    digits = jnp.finfo(a.dtype).nmant + 1
+    # Adding 1.5 units of such a size leaves no room for the digits below.
+    unit = jnp.asarray(1.5 * 2.0 ** -(digits // 2), a.dtype) * _leading(above, 1)
+    high = (a + unit) - unit
     return high, a - high
 
 
@@ -50,5 +65,25 @@ def two_product(a: Array, b: Array) -> Pair:
     """
     (a_high, a_low), (b_high, b_low) = halves(a), halves(b)
     cross, cross_rest = two_sum(a_high * b_low, a_low * b_high)
+    low, low_rest = two_sum(a_low * b_low, cross_rest)
     product, rest = two_sum(a_high * b_high, cross)
-    return product, rest + (cross_rest + a_low * b_low)
+    rest, last = two_sum(rest, low)
+    product, rest = two_sum(product, rest)
+    return product, rest + (last + low_rest)
+
+
+def compensated_sum(first: Array, *others: Array) -> Pair:
+    """Returns the sum of terms rounded, and what that lost (Ogita, Rump and Oishi).
+
+    The largest terms come first.
+    """
+    total, rest = first, jnp.zeros_like(first)
+    for term in others:
+        total, lost = two_sum(total, term)
+        rest = rest + lost
+    return two_sum(total, rest)
+
+
+def interleaved(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
+    """Returns the terms of both, in turns."""
+    return [term for pair in zip(a, b, strict=True) for term in pair]

@@ -1,11 +1,13 @@
 """Normalization by given statistics."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from jaxbn._axes import as_axes, expand, feature_shape, reduction_axes
-from jaxbn._dtypes import as_dtype, as_float
-from jaxbn._kernels.affine import affine_map
-from jaxbn._kernels.barriers import as_input
+from jaxbn._dtypes import as_dtype, as_float, real_part, upcast, widest
+from jaxbn._kernels.affine_map import affine_map
 from jaxbn._typing import Array, Axes, DTypeLike
 
 
@@ -72,11 +74,42 @@ def normalize(
                 f"{name} must have the shape {features} of the features of x, whose shape "
                 f"is {x.shape}, got {jnp.shape(array)}. Check feature_axes={feature_axes}."
             )
-    wide = {
-        name: None if array is None else expand(jnp.asarray(array), axes)
-        for name, array in arrays.items()
-    }
-    return affine_map(as_input(x), **wide, epsilon=epsilon, dtype=as_dtype(dtype))
+    given = (None if a is None else expand(jnp.asarray(a), axes) for a in arrays.values())
+    return normalize_aligned(x, *given, epsilon=float(epsilon), dtype=as_dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("epsilon", "dtype"))
+def normalize_aligned(
+    x: Array,
+    mean: Array | None,
+    var: Array | None,
+    scale: Array | None,
+    bias: Array | None,
+    *,
+    epsilon: float,
+    dtype: DTypeLike | None,
+) -> Array:
+    """Returns `normalize` of checked arrays, each of x's rank and broadcast to x."""
+    assert mean is not None
+    assert var is not None
+    given = [array for array in (mean, scale, bias) if array is not None]
+    wide = widest(upcast(x).dtype, *(array.dtype for array in given))
+    slope = inverse_deviation(var.astype(real_part(wide)), epsilon).astype(wide)
+    if scale is not None:
+        slope = slope * scale.astype(wide)
+    offset = None if bias is None else bias.astype(wide)
+    if dtype is None:
+        dtype = wide if jnp.issubdtype(wide, jnp.complexfloating) else x.dtype
+    return affine_map(x, mean.astype(wide), slope, offset, dtype=dtype)
+
+
+def inverse_deviation(var: Array, epsilon: float) -> Array:
+    """Returns one over the standard deviation, 1 / sqrt(var + epsilon).
+
+    As a quotient, whose derivative is made of factors none of which underflows where var
+    is above 1e25, as the cube of `rsqrt` would.
+    """
+    return 1 / jnp.sqrt(var + jnp.asarray(epsilon, var.dtype))
 
 
 def check_epsilon(epsilon: float) -> None:

@@ -1,218 +1,174 @@
-"""Mean and variance in as few readings of x as keep the digits, and their derivative."""
+"""The reduction: what x is summed up to, and how those sums move with x and the weights."""
 
 import functools
 import math
-from collections.abc import Callable
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
-from jaxbn._axes import expand
-from jaxbn._dtypes import real_part, upcast
-from jaxbn._kernels.barriers import (
-    Input,
-    hidden,
-    is_isolable,
-    is_small,
-    on_cpu_or_not,
-    same,
-)
-from jaxbn._kernels.compensated import settled, two_sum
-from jaxbn._kernels.tiles import Tiling, sums, tiling
-from jaxbn._sharding import unsplit_axes
+from jaxbn._dtypes import upcast, widest
+from jaxbn._kernels import accelerator, cpu
+from jaxbn._kernels.accelerator import Reduction, Sums, count_of, divisor, opened
+from jaxbn._kernels.barriers import computed_apart
+from jaxbn._kernels.operation import Operation
+from jaxbn._sharding import broadcast_like, vary_together
 from jaxbn._typing import Array, Pair
 
-Triple = tuple[Array, Array, Array]
 
-# E[x^2] - E[x]^2 loses log2 of this number of bits at most, or is not used.
-ILL_CONDITIONED = 16.0
-# A sample holds at least one of this many elements. Were its mean off by d, it alone would
-# add d^2 / SPARSENESS to the variance: as many bits are lost at most.
-SPARSENESS = 32
-# As many devices as a sample of rows is cut for; over more it may have to move.
-MANY = 256
+def hide_unweighted(x: Array, weights: Array | None) -> Array:
+    """Reads NaN and infinity of weight 0 as 0, so that they reach no sum and no gradient.
 
-
-def count_elements(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Array:
-    """Returns the total weight of every feature of `x`, real."""
-    features = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+    Multiplying by the weight would not do: 0 times NaN is NaN, forward and backward.
+    """
     if weights is None:
-        size = math.prod(x.shape[axis] for axis in axes)
-        return jnp.full(features, size, real_part(upcast(x).dtype))
+        return x
+    return jnp.where((weights > 0) | jnp.isfinite(x), x, jnp.zeros_like(x))
+
+
+def count_elements(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Array | None:
+    """Returns the total weight of every feature, of x's rank; None without weights."""
+    if weights is None:
+        return None
     # Axes along which the weights are constant multiply them instead of being summed.
     repeats = math.prod(x.shape[axis] for axis in axes if weights.shape[axis] == 1)
-    return jnp.broadcast_to(jnp.sum(weights * repeats, axes), features)
+    features = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+    return jnp.broadcast_to(jnp.sum(weights * repeats, axes, keepdims=True), features)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def mean_and_var(
-    x: Input, weights: Array | None, count: Array, axes: tuple[int, ...]
-) -> Triple:
-    """Returns the mean of real x, what its rounding left out, and the biased variance."""
-    value = x.value
-    if is_small(value):
-        return _twice(axes, value, weights, count)
-    sampled = functools.partial(_sampled, axes)
-    on_cpu = functools.partial(_guarded, axes)
-    tiles = None if weights is not None else tiling(value, axes, 1)
-    if tiles is not None:
-        on_cpu = functools.partial(sampled, tiles=tiles)
-    return on_cpu_or_not(on_cpu, sampled, value, weights, count)
+def moments_of(
+    x: Array, weights: Array | None, count: Array | None, axes: tuple[int, ...]
+) -> tuple[Array, Array, Array]:
+    """Returns the mean of x, what its rounding left out, and the biased variance.
 
-
-def _guarded(
-    axes: tuple[int, ...], x: Array, weights: Array | None, count: Array
-) -> Triple:
-    """Sums x and its square, and reads x again where that has lost digits.
-
-    For CPUs, where sums over whole axes are fast of values, not of differences.
+    Each is of x's rank, with size 1 along `axes`. The mean of complex x is complex.
     """
-    (first,), (second, _) = hidden(x), hidden(x, count)
-    mean = _mean(upcast(first), weights, count, axes)
-    square = _mean(upcast(second), weights, count, axes, times=upcast(second))
-    well = jnp.all(jnp.square(mean) <= ILL_CONDITIONED * (square - jnp.square(mean)))
-    shift = settled(mean)
-
-    def again():
-        return _deviations(x, weights, count, axes, shift, hidden)
-
-    slip, spread = lax.cond(well, lambda: (mean, square), again)
-    return _combined(jnp.where(well, jnp.zeros_like(shift), shift), slip, spread)
+    if not jnp.iscomplexobj(x):
+        return _MOMENTS(axes, vary_together(Reduction(x, weights, count)))
+    re, im = (moments_of(part, weights, count, axes) for part in (x.real, x.imag))
+    return *(jax.lax.complex(re[i], im[i]) for i in (0, 1)), re[2] + im[2]
 
 
-def _sampled(
-    axes: tuple[int, ...],
+def moments_tangent(
     x: Array,
     weights: Array | None,
-    count: Array,
-    tiles: Tiling | None = None,
-) -> Triple:
-    """Sums deviations from the mean of a sample, and their squares, in one reading of x.
-
-    For accelerators, which fuse both sums, and wait for the host at a conditional; and for
-    CPUs where `tiles` of x are summed.
-    """
-    if weights is not None:  # a sample may have none
-        return _twice(axes, x, weights, count)
-    sample = _sample(x, axes)
-    size = count_elements(sample, None, axes)
-    shift = settled(_mean(upcast(sample), None, size, axes))
-    if tiles is None:
-        return _combined(shift, *_deviations(x, None, count, axes, shift))
-    slip, spread = sums(_powers, tiles, (x,), (shift,))
-    return _combined(shift, slip / divisor(count), spread / divisor(count))
-
-
-def _powers(x: Array, shift: Array) -> Pair:
-    deviation = upcast(x) - shift
-    return deviation, jnp.square(deviation)
-
-
-def _twice(axes: tuple[int, ...], x: Array, weights: Array | None, count: Array) -> Triple:
-    """Sums x, then deviations from its mean, which rounding leaves, and their squares."""
-    shift = settled(_mean(upcast(x), weights, count, axes))
-    return _combined(shift, *_deviations(x, weights, count, axes, shift))
-
-
-def _deviations(
-    x: Array,
-    weights: Array | None,
-    count: Array,
+    moments: tuple[Array, Array, Array],
+    tangents: tuple[Array | None, Array | None],
     axes: tuple[int, ...],
-    shift: Array,
-    seen: Callable[..., tuple[Any, ...]] = lambda *arrays: arrays,
 ) -> Pair:
-    """Returns the mean deviation from `shift` and the mean squared one.
+    """Returns the count times the tangents of the mean and the variance.
 
-    `seen` is what each of the two sums sees of the arrays.
+    Both are sums over all elements, on whatever device, around the mean of all; `tangents`
+    are those of x and of the weights. What rounding left out of the mean, the rest, moves
+    its own share from the first sum into the second.
     """
-    first, around = seen(x, shift)
-    slip = _mean(upcast(first) - expand(around, axes), weights, count, axes)
-    second, around, _ = seen(x, shift, slip)
-    centered = upcast(second) - expand(around, axes)
-    return slip, _mean(centered, weights, count, axes, times=centered)
-
-
-def _combined(shift: Array, slip: Array, spread: Array) -> Triple:
-    slip = settled(slip)
-    return *two_sum(shift, slip), jnp.maximum(spread - jnp.square(slip), 0)
-
-
-def _sample(x: Array, axes: tuple[int, ...]) -> Array:
-    """Returns a part of `x`, cut so that a batch spread over devices need not move.
-
-    The first axis is that of the batch, and only cut if there is no other.
-    """
-    free = unsplit_axes(x, axes)
-    if len(axes) == 1 and free:
-        (axis,) = axes
-        step = max(math.gcd(x.shape[axis], SPARSENESS * MANY) // MANY, 1)
-        shape = *x.shape[:axis], x.shape[axis] // step, step, *x.shape[axis + 1 :]
-        return lax.index_in_dim(x.reshape(shape), 0, axis + 1, keepdims=False)
-    limits, sparseness = list(x.shape), SPARSENESS
-    for axis in axes[1:]:
-        if axis in free:
-            step = min(x.shape[axis], sparseness)
-            limits[axis] = -(-x.shape[axis] // step)
-            sparseness //= step
-    return lax.slice(x, [0] * x.ndim, limits)
-
-
-@functools.partial(mean_and_var.defjvp, symbolic_zeros=True)
-def _mean_and_var_jvp(axes, primals, tangents):
-    x, weights, count = primals
-    tx, tweights, _ = tangents  # the terms of `tweights` hold what the count would add
-    mean, rest, var = mean_and_var(x, weights, count, axes)
-    tmean, tvar = jnp.zeros_like(mean), jnp.zeros_like(var)
-    if not isinstance(tx.wide, SymbolicZero):
-        by_x = _tangent_of_x(axes, x.kept, weights, count, mean, tx.wide)
-        tmean, tvar = tmean + by_x[0], tvar + by_x[1]
-    if weights is not None and not isinstance(tweights, SymbolicZero):
-        by_weights = _tangent_of_weights(axes, x.kept, count, mean, var, tweights)
-        tmean, tvar = tmean + by_weights[0], tvar + by_weights[1]
-    return (mean, rest, var), (tmean, jnp.zeros_like(rest), tvar)
+    x_tangent, weights_tangent = tangents
+    mean, rest, var = moments
+    if jnp.iscomplexobj(x):
+        whole = zip(*((a.real, a.imag) for a in (x, mean, rest)), strict=True)
+        each = (None, None) if x_tangent is None else (x_tangent.real, x_tangent.imag)
+        # The variance of a complex x is that of both parts, so its share with the weights
+        # is taken once.
+        pairs = [
+            moments_tangent(a, weights, (m, r, v), (t, weights_tangent), axes)
+            for (a, m, r), t, v in zip(whole, each, (var, jnp.zeros_like(var)), strict=True)
+        ]
+        (re, first), (im, second) = pairs
+        return jax.lax.complex(re, im), first + second
+    of_mean, of_var = [], []
+    if x_tangent is not None:
+        total, product = sums(x, mean, x_tangent, weights=weights, axes=axes)
+        of_mean, of_var = [total], [2 * (product - rest * total)]
+    if weights_tangent is not None:
+        shares = _shares_of_weights(axes, x, mean, rest, var, weights_tangent)
+        of_mean, of_var = [*of_mean, shares[0]], [*of_var, shares[1]]
+    return sum(of_mean[1:], of_mean[0]), sum(of_var[1:], of_var[0])
 
 
 # Checkpointed, so that the backward pass keeps x in its own dtype and centers it again,
 # instead of keeping the centered copy.
-@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
-def _tangent_of_x(axes, x, weights, count, mean, tx):
-    centered = upcast(x) - expand(mean, axes)
-    tx = tx if weights is None else tx * weights
-    totals = jnp.sum(tx, axes), jnp.sum(centered * tx, axes)
-    if is_isolable(x):
-        # Transposed, or the loop over x would divide the vectors for each element.
-        totals = on_cpu_or_not(lax.optimization_barrier, same, totals)
-    return totals[0] / divisor(count), 2 * totals[1] / divisor(count)
-
-
 @functools.partial(jax.checkpoint, static_argnums=0)
-def _tangent_of_weights(axes, x, count, mean, var, tweights):
-    centered = upcast(x) - expand(mean, axes)
-    excess = jnp.square(centered) - expand(var, axes)
-    return tuple(_mean(t, tweights, count, axes) for t in (centered, excess))
+def _shares_of_weights(axes, x, mean, rest, var, tangent):
+    centered = (upcast(x) - mean) - rest
+    shares = centered * tangent, (jnp.square(centered) - var) * tangent
+    return tuple(jnp.sum(share, axes, keepdims=True) for share in shares)
 
 
-def _mean(
+def sums(
     x: Array,
-    weights: Array | None,
-    count: Array,
-    axes: tuple[int, ...],
+    mean: Array,
+    t: Array,
     *,
-    times: Array | None = None,
-) -> Array:
-    """Returns the weighted mean of `x`, or of x times `times`, and 0 of nothing.
+    relu: tuple[Array, Array] | None = None,
+    weights: Array | None = None,
+    axes: tuple[int, ...],
+) -> Pair:
+    """Returns the sum of t and that of t (x - mean), of x's rank.
 
-    The weight comes first in the product: 0 times a square that overflowed is NaN.
+    With `relu`, the slope and the offset of a map, t counts where its ReLU is open.
     """
-    weighted = x if weights is None else x * weights
-    product = weighted if times is None else weighted * times
-    return jnp.sum(product, axes) / divisor(count)
+    slope, offset = (None, None) if relu is None else relu
+    return _SUMS(axes, vary_together(Sums(x, mean, slope, offset, weights, t)))
 
 
-def divisor(count: Array) -> Array:
-    """Returns what to divide a sum by: `count`, or 1 where nothing was summed."""
-    return jnp.where(count > 0, count, jnp.ones_like(count))
+def _moments_types(axes: tuple[int, ...], of: Reduction) -> tuple[Any, ...]:
+    return (_vector_type(of.x, axes, sum_dtype(of.x)),) * 3
+
+
+def _sums_types(axes: tuple[int, ...], of: Sums) -> tuple[Any, ...]:
+    return (_vector_type(of.x, axes, widest(sum_dtype(of.x), sum_dtype(of.t))),) * 2
+
+
+def sum_dtype(x: Any) -> Any:
+    """Returns the dtype in which sums over x are accumulated."""
+    return widest(x.dtype, jnp.dtype(jnp.float32))
+
+
+def _vector_type(x: Any, axes: tuple[int, ...], dtype: Any) -> Any:
+    """Returns the type of x after a sum over `axes`, which stay with size 1."""
+    shape = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+    kept = {}
+    if any(x.sharding.spec[axis] is not None for axis in axes):
+        spec = (None if axis in axes else name for axis, name in enumerate(x.sharding.spec))
+        kept["sharding"] = x.sharding.update(spec=tuple(spec))
+    return x.update(shape=shape, dtype=dtype, weak_type=False, **kept)
+
+
+def _batched(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(axis + 1 for axis in axes)
+
+
+_MOMENTS = Operation(
+    "moments", _moments_types, accelerator.moments, {"cpu": cpu.moments}, _batched
+)
+_SUMS = Operation("sums", _sums_types, accelerator.sums, {"cpu": cpu.sums}, _batched)
+
+
+@_MOMENTS.def_tangent
+def _(axes, of, moving):
+    found = mean, rest, var = _MOMENTS(axes, of)
+    # The terms of the weights hold what the count would add.
+    if moving.x is None and moving.weights is None:
+        return found, tuple(map(jnp.zeros_like, found))
+    moved = None if moving.x is None else upcast(moving.x), moving.weights
+    totals = moments_tangent(of.x, of.weights, found, moved, axes)
+    n = divisor(count_of(axes, of))
+    return found, (totals[0] / n, jnp.zeros_like(rest), totals[1] / n)
+
+
+_SUMS.def_linear_in(["t"])
+
+
+@_SUMS.def_transpose
+def _(axes, of, wanted, gradients):
+    total, product = gradients
+    x, mean, total, product = computed_apart(of.x, of.mean, total, product)
+    parts = []
+    if product is not None:
+        parts.append((upcast(x) - mean) * product)
+    if total is not None:
+        parts.append(broadcast_like(total, x))
+    t = functools.reduce(operator.add, parts)
+    t = t if of.weights is None else t * of.weights
+    return of._replace(t=opened(of._replace(x=x), t).astype(wanted.t.dtype))

@@ -1,44 +1,44 @@
 """Several sums of one reading: a loop over tiles that stay in the caches of a CPU.
 
 XLA makes one loop of elementwise sums that go on from tile to tile, while it reads an array
-again for every sum over whole axes. For code that runs on a CPU.
+again for every sum over whole axes. Over parts of sharded arrays XLA would bring every tile
+to each device, so tiles are for whole arrays.
 """
 
 import itertools
 import math
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._kernels.barriers import SMALL
+from jaxbn._compat import TILES_OF_BFLOAT16
+from jaxbn._kernels.accelerator import SMALL, has_known_size
 from jaxbn._sharding import explicit_axes, vary_alike
-from jaxbn._typing import Array, Shape
+from jaxbn._typing import Array, Pair, Shape
 
-# Elements of a tile for each core: two sums of so many are well within its own cache.
-PER_CORE = 1 << 14
+# Elements of a tile. A constant, since a program must not depend on the machine that traces
+# it; two sums of so many stay within the own caches of two cores and of more.
+TILE = 1 << 15
 # So many tiles are read in one turn, or reading and writing the sums would take as long.
 AT_ONCE = 4
 # Shorter rows are joined: a loop over each would take few steps of a vector processor.
 LONG = 128
-# From so many bytes on tiles are faster, by dtype and how many arrays are read. float16 is
-# not fused elsewhere, and a processor may sum bfloat16 alone without widening it.
+# Smallest array in bytes for which tiles win, by (dtype, arrays read); measured in
+# docs/performance.md. Sums of float16 over whole axes are not fused; a processor may sum
+# bfloat16 alone without widening it.
 LARGE = {
     ("float16", 1): SMALL,
     ("float16", 2): SMALL,
     ("float32", 1): 40 << 20,
     ("float32", 2): 6 << 20,
-    ("bfloat16", 2): 6 << 20,
 }
-if jax.__version_info__ < (0, 11):
-    # Its XLA widens all of a bfloat16 array before it takes a tile of it.
-    del LARGE["bfloat16", 2]
+if TILES_OF_BFLOAT16:
+    LARGE["bfloat16", 2] = 6 << 20
 
 
-class Tiling(NamedTuple):
+class Cut(NamedTuple):
     """A static description of how arrays are cut into tiles.
 
     Attributes:
@@ -56,87 +56,85 @@ class Tiling(NamedTuple):
     repeats: int
 
 
-def tiling(x: Array, axes: tuple[int, ...], arrays: int) -> Tiling | None:
+def cut(x: Array, axes: tuple[int, ...], arrays: int) -> Cut | None:
     """Returns how to cut `arrays` arrays such as `x`, or None if other sums are faster."""
-    worth = axes and pays(x, axes, arrays)
-    return _cut(x.shape, axes, AT_ONCE // arrays) if worth else None
-
-
-def pays(x: Array, axes: tuple[int, ...], arrays: int) -> bool:
-    """Tells whether tiles of `arrays` arrays such as `x` are faster than other sums."""
-    # XLA would bring every tile of an array that it divides among devices to each of them.
-    if jax.device_count() > 1 or explicit_axes(x):
-        return False
+    if not axes or not has_known_size(x) or explicit_axes(x):
+        return None
     # Where the features are not last, a tile is scattered in memory.
     scattered = x.ndim - 1 in axes and x.dtype != jnp.float16
-    return not scattered and x.nbytes >= LARGE.get((x.dtype.name, arrays), math.inf)
+    if scattered or x.nbytes < LARGE.get((x.dtype.name, arrays), math.inf):
+        return None
+    return cut_of(x.shape, axes, AT_ONCE // arrays)
 
 
 def sums(
-    function: Callable[..., tuple[Array, ...]],
-    tiling: Tiling,
+    function: Callable[..., Pair],
+    cut: Cut,
     arrays: tuple[Array, ...],
     vectors: tuple[Array, ...],
-) -> tuple[Array, ...]:
-    """Returns the sums of what `function` makes, elementwise, of `arrays` and `vectors`.
+) -> Pair:
+    """Returns the sums of the two that `function` makes, elementwise, of its arguments.
 
     A vector holds one value for each feature. The sums have the shape of the first one.
     """
-    shape, axes, tile, at_once, repeats = tiling
-    cut = tuple(array.reshape(shape) for array in arrays)
-    per_feature = tuple(_along(vector, tiling) for vector in vectors)
+    shape, axes, tile, at_once, repeats = cut
+    parts = tuple(array.reshape(shape) for array in arrays)
+    per_feature = tuple(_along(vector, cut) for vector in vectors)
     first, *others = axes
     counts = [shape[axis] // tile[axis] for axis in others]
     step = tile[first] * at_once
     turns = shape[first] // step
 
     def values(start, size):
-        return function(*(lax.dynamic_slice(a, start, size) for a in cut), *per_feature)
+        return function(*(lax.dynamic_slice(a, start, size) for a in parts), *per_feature)
 
     def turn(index, totals):
-        start = [0] * len(shape)
+        start = [jnp.int32(0)] * len(shape)
         for axis, count in zip(reversed(others), reversed(counts), strict=True):
-            index, start[axis] = index // count, index % count * tile[axis]
+            start[axis] = lax.rem(index, jnp.int32(count)) * jnp.int32(tile[axis])
+            index = lax.div(index, jnp.int32(count))
         for at in range(at_once):
-            start[first] = index * step + at * tile[first]
-            totals = tuple(map(jnp.add, totals, values(start, tile)))
+            start[first] = index * jnp.int32(step) + jnp.int32(at * tile[first])
+            totals = tuple(map(lax.add, totals, values(start, tile)))
         return totals
 
-    kinds = jax.eval_shape(lambda: values([0] * len(shape), tile))
-    zeros = tuple(vary_alike(jnp.zeros(kind.shape, kind.dtype), kind) for kind in kinds)
-    totals = lax.fori_loop(0, turns * math.prod(counts), turn, zeros)
-    totals = [jnp.sum(total, axes) for total in totals]
+    zero = vary_alike(lax.full(tile, 0, vectors[0].dtype), arrays[0])
+    turns_of_all = jnp.int32(turns * math.prod(counts))
+    totals = lax.fori_loop(jnp.int32(0), turns_of_all, turn, (zero, zero))
+    totals = [lax.reduce_sum(total, axes=axes) for total in totals]
     rest = shape[first] - turns * step
     if rest:
         start, size = [0] * len(shape), list(shape)
         start[first], size[first] = turns * step, rest
-        parts = [jnp.sum(part, axes) for part in values(start, size)]
-        totals = map(jnp.add, totals, parts)
+        parts_of_rest = values(start, size)
+        totals = [
+            t + lax.reduce_sum(p, axes=axes)
+            for t, p in zip(totals, parts_of_rest, strict=True)
+        ]
     row = 1 if len(shape) - 1 in axes else shape[-1] // repeats
     apart = (total.reshape(-1, repeats, row) for total in totals)
-    return tuple(jnp.sum(total, 1).reshape(vectors[0].shape) for total in apart)
+    return tuple(lax.reduce_sum(t, axes=(1,)).reshape(vectors[0].shape) for t in apart)
 
 
-def _cut(shape: Shape, axes: tuple[int, ...], at_once: int) -> Tiling | None:
+def cut_of(shape: Shape, axes: tuple[int, ...], at_once: int) -> Cut | None:
     """Returns tiles of about the wanted size, or None if they cannot be had."""
     shape, axes, repeats = _with_long_rows(*_merged(shape, axes))
-    wanted = PER_CORE * _cores()
     first, *others = axes
     tile = [1 if axis == first else size for axis, size in enumerate(shape)]
     for axis in others:
-        if math.prod(tile) > wanted:
-            tile[axis] = _divisor(shape[axis], wanted * shape[axis] // math.prod(tile))
-    rows = wanted // math.prod(tile)
+        if math.prod(tile) > TILE:
+            tile[axis] = _divisor(shape[axis], TILE * shape[axis] // math.prod(tile))
+    rows = TILE // math.prod(tile)
     if rows > 1:
-        # Best so many that none are left over.
+        # Prefer a height that divides the batch: no remainder.
         even = (n for n in range(rows, rows // 2, -1) if shape[first] % (n * at_once) == 0)
         tile[first] = next(even, rows)
     else:
         at_once = _divisor(shape[first], at_once)
-    fits = wanted <= 4 * math.prod(tile) <= 16 * wanted
+    fits = TILE <= 4 * math.prod(tile) <= 16 * TILE
     if not fits or shape[first] < 2 * tile[first] * at_once:
         return None
-    return Tiling(shape, axes, tuple(tile), at_once, repeats)
+    return Cut(shape, axes, tuple(tile), at_once, repeats)
 
 
 def _merged(shape: Shape, axes: tuple[int, ...]) -> tuple[Shape, tuple[int, ...]]:
@@ -160,20 +158,12 @@ def _with_long_rows(
     return (*others, rows // repeats, features * repeats), axes, repeats
 
 
-def _along(vector: Array, tiling: Tiling) -> Array:
+def _along(vector: Array, cut: Cut) -> Array:
     """Returns a vector of the features so that it broadcasts to a tile."""
-    shape, axes, _, _, repeats = tiling
-    *others, last = (1 if axis in axes else size for axis, size in enumerate(shape))
-    return jnp.tile(vector.reshape(*others, last // repeats), repeats)
+    *others, last = (1 if axis in cut.axes else n for axis, n in enumerate(cut.shape))
+    return jnp.tile(vector.reshape(*others, last // cut.repeats), cut.repeats)
 
 
 def _divisor(size: int, most: int) -> int:
     """Returns the largest divisor of `size` up to `most`."""
     return next(n for n in range(max(most, 1), 0, -1) if size % n == 0)
-
-
-def _cores() -> int:
-    """Returns how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

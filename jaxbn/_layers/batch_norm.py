@@ -10,12 +10,12 @@ from jax.nn import initializers
 
 from jaxbn._axes import as_axes, feature_sizes
 from jaxbn._dtypes import as_dtype, at_least_float32, real_part
-from jaxbn._kernels.normalize import check_epsilon
-from jaxbn._layers.apply import apply_layer
+from jaxbn._kernels.normalize import check_epsilon, inverse_deviation
+from jaxbn._layers.normalizer import Normalizer, apply_normalizer
 from jaxbn._state import BatchNormParams, BatchStats, draw
 from jaxbn._statistics.moments import Moments
 from jaxbn._statistics.named_axes import as_groups
-from jaxbn._statistics.running import check_ddof, check_momentum, check_real, tracked
+from jaxbn._statistics.running import check_ddof, check_momentum, check_real, updated_stats
 from jaxbn._typing import (
     Array,
     Axes,
@@ -30,7 +30,7 @@ from jaxbn._typing import (
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchNorm:
+class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
     r"""Batch normalization.
 
     .. math::
@@ -158,7 +158,8 @@ class BatchNorm:
         bias = draw(bias_init, keys[1], features, self.param_dtype)
         mean = draw(mean_init, keys[2], features, stats_dtype)
         var = draw(var_init, keys[3], features, real_part(stats_dtype))
-        weight = jnp.zeros_like(var) if self._has_weight else None
+        has_weight = self.debias or self.momentum is None
+        weight = jnp.zeros_like(var) if has_weight else None
         params = BatchNormParams(
             scale if self.use_scale else None, bias if self.use_bias else None
         )
@@ -214,7 +215,7 @@ class BatchNorm:
             ValueError: The features of x, params and state differ, or x has no axis to
                 average over; weights do not fit x; momentum lies outside [0, 1].
         """
-        return apply_layer(
+        return apply_normalizer(
             self,
             params,
             state,
@@ -226,27 +227,21 @@ class BatchNorm:
             momentum=momentum,
         )
 
-    # The rest is what `apply_layer` asks of a layer.
+    def standardize(self, mean: Array, var: Array) -> tuple[Array, Array | None]:
+        """Returns one over the standard deviation, and no offset."""
+        return inverse_deviation(var, self.epsilon), None
 
-    def _settings(self) -> "BatchNorm":
-        return self
+    def track(
+        self, state: BatchStats, batch: Moments, *, momentum: float | Array | None = None
+    ) -> BatchStats:
+        """Returns the state after one update, as `update_running` tells."""
+        rate = self.momentum if momentum is None else momentum
+        return updated_stats(state, batch, rate, self.ddof)
 
-    def _params_fields(self) -> tuple[type, set[str]]:
-        used = {"scale": self.use_scale, "bias": self.use_bias}
-        return BatchNormParams, {name for name, use in used.items() if not use}
-
-    def _stats_fields(self) -> tuple[type, set[str]]:
-        return BatchStats, set() if self._has_weight else {"weight"}
-
-    def _check(self, state: BatchStats, x: Array, tracks: bool, *, momentum: Any = None):
+    def check(
+        self, state: BatchStats, x: Array, tracks: bool, *, momentum: Any = None
+    ) -> None:
+        """Raises if x is complex and the state real, or for a momentum out of range."""
         if tracks:
             check_real(state, x.dtype)
         check_momentum(momentum)
-
-    def _track(self, batch: Moments, state: BatchStats, *, momentum: Any = None):
-        rate = self.momentum if momentum is None else momentum
-        return None, tracked(state, batch, rate, self.ddof)
-
-    @property
-    def _has_weight(self) -> bool:
-        return self.debias or self.momentum is None

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.nn import initializers
 
-from jaxbn._layers.apply import apply_layer
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._layers.normalizer import apply_normalizer
 from jaxbn._layers.renorm_limits import RenormLimits, check_limits
+from jaxbn._layers.wrapper import Wrapper
 from jaxbn._sharding import reshard_like
 from jaxbn._state import BatchNormParams, register_stats
-from jaxbn._statistics.moments import Moments
-from jaxbn._statistics.running import check_momentum, is_sound, move
+from jaxbn._statistics.moments import Moments, as_exact
+from jaxbn._statistics.running import check_momentum, is_finite_batch, move
 from jaxbn._typing import Array, Initializer, Key, Pair
 
 
@@ -64,7 +65,7 @@ _DEFAULT, _LIMITS = BatchNorm(), RenormLimits()
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class BatchRenorm:
+class BatchRenorm(Wrapper[RenormStats]):
     r"""Batch renormalization.
 
     .. math::
@@ -111,7 +112,7 @@ class BatchRenorm:
     limits: RenormLimits = _LIMITS
 
     def __post_init__(self):
-        if not isinstance(self.bn, BatchNorm):
+        if not all(hasattr(self.bn, field) for field in ("epsilon", "momentum", "debias")):
             raise TypeError(
                 f"BatchRenorm.bn must be a BatchNorm, got {type(self.bn).__name__}. Ghost "
                 "batches go around it: GhostBatchNorm(BatchRenorm(bn), ...)."
@@ -194,7 +195,7 @@ class BatchRenorm:
             TypeError: As `BatchNorm.apply` does.
             ValueError: As `BatchNorm.apply` does; a limit is out of its range.
         """
-        return apply_layer(
+        return apply_normalizer(
             self,
             params,
             state,
@@ -207,13 +208,12 @@ class BatchRenorm:
             limits=limits,
         )
 
-    def _settings(self) -> BatchNorm:
+    @property
+    def wrapped(self) -> BatchNorm:
+        """The normalization that is corrected."""
         return self.bn
 
-    def _stats_fields(self) -> tuple[type, set[str]]:
-        return RenormStats, set()
-
-    def _check(
+    def check(
         self,
         state: RenormStats,
         x: Array,
@@ -222,6 +222,7 @@ class BatchRenorm:
         momentum: Any = None,
         limits: Any = None,
     ) -> None:
+        """Raises for a complex x, or a momentum or limits out of range."""
         if tracks and jnp.iscomplexobj(x):
             raise TypeError(
                 f"BatchRenorm clips its correction and needs a real x, got {x.dtype}. Use "
@@ -231,28 +232,27 @@ class BatchRenorm:
         if limits is not None:
             check_limits(limits)
 
-    def _track(
+    def track(
         self,
-        batch: Moments,
         state: RenormStats,
+        batch: Moments,
         *,
-        momentum: Any = None,
-        limits: Any = None,
-    ) -> tuple[Pair, RenormStats]:
+        momentum: float | Array | None = None,
+        limits: RenormLimits | None = None,
+    ) -> RenormStats:
+        """Returns the state after one update; the limits play no part in it."""
         state, batch = lax.stop_gradient((state, batch))
-        batch = Moments(*(reshard_like(array, state.mean) for array in batch))
+        batch = Moments(*(reshard_like(array, state.mean) for array in batch[:3]))
         epsilon = self.bn.epsilon
         std = jnp.sqrt(batch.var + epsilon)
-        sound = is_sound(batch, std)
-        correction = self._correction(batch, std, state, limits)
-
+        sound = is_finite_batch(batch, std)
         momentum = self.bn.momentum if momentum is None else momentum
         assert momentum is not None
         rate = 1 - momentum
         slow = 1 - self.momentum
         running_std = move(state.std, std, rate, sound)
         var = jnp.maximum(jnp.square(running_std) - epsilon, 0)
-        return correction, RenormStats(
+        return RenormStats(
             mean=move(state.mean, batch.mean, rate, sound),
             var=jnp.where(sound, var, state.var),
             std=running_std,
@@ -260,18 +260,28 @@ class BatchRenorm:
             renorm_std=move(state.renorm_std, std, slow, sound),
         )
 
-    def _correction(
-        self, batch: Moments, std: Array, state: RenormStats, limits: RenormLimits | None
+    def correction(
+        self,
+        state: RenormStats,
+        batch: Moments,
+        *,
+        momentum: float | Array | None = None,
+        limits: RenormLimits | None = None,
     ) -> Pair:
         """Returns r and d, or 1 and 0 for a feature of which the batch holds nothing."""
+        state, batch = lax.stop_gradient((state, batch))
+        mean, var, count, rest = as_exact(batch)
+        std = jnp.sqrt(var + self.bn.epsilon)
         r_min, r_max, d_max = (
             jnp.asarray(limit).astype(std.dtype)
             for limit in (self.limits if limits is None else limits)
         )
-        mean, scale = (a.astype(std.dtype) for a in (state.renorm_mean, state.renorm_std))
+        start, scale = (
+            reshard_like(a.astype(std.dtype), std)
+            for a in (state.renorm_mean, state.renorm_std)
+        )
         # The floor is what the standard deviation of a constant feature would be.
         scale = jnp.maximum(scale, jnp.sqrt(self.bn.epsilon))
         r = jnp.clip(std / scale, r_min, r_max)
-        d = jnp.clip((batch.mean - mean) / scale, -d_max, d_max)
-        seen = batch.count > 0
-        return jnp.where(seen, r, 1), jnp.where(seen, d, 0)
+        d = jnp.clip(((mean - start) + rest) / scale, -d_max, d_max)
+        return jnp.where(count > 0, r, 1), jnp.where(count > 0, d, 0)

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._layers.apply import apply_layer
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._layers.normalizer import apply_normalizer
+from jaxbn._layers.wrapper import Wrapper
 from jaxbn._sharding import reshard_like
 from jaxbn._state import BatchNormParams, BatchStats
-from jaxbn._statistics.moments import Moments
-from jaxbn._statistics.running import check_momentum, check_real, tracked
+from jaxbn._statistics.moments import Moments, as_exact
+from jaxbn._statistics.running import updated_stats
 from jaxbn._typing import Array, Pair
 
 _DEFAULT = BatchNorm()
@@ -20,7 +21,7 @@ _DEFAULT = BatchNorm()
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class EmaBatchNorm:
+class EmaBatchNorm(Wrapper[BatchStats]):
     r"""Batch normalization with the running statistics, in training too.
 
     .. math::
@@ -54,7 +55,7 @@ class EmaBatchNorm:
     bn: BatchNorm = _DEFAULT
 
     def __post_init__(self):
-        if not isinstance(self.bn, BatchNorm):
+        if not all(hasattr(self.bn, field) for field in ("epsilon", "momentum", "debias")):
             raise TypeError(
                 f"EmaBatchNorm.bn must be a BatchNorm, got {type(self.bn).__name__}. "
                 "Pass one with the settings of the layer."
@@ -104,7 +105,7 @@ class EmaBatchNorm:
             TypeError: As `BatchNorm.apply` does.
             ValueError: As `BatchNorm.apply` does.
         """
-        return apply_layer(
+        return apply_normalizer(
             self,
             params,
             state,
@@ -115,35 +116,37 @@ class EmaBatchNorm:
             momentum=momentum,
         )
 
-    def _settings(self) -> BatchNorm:
+    @property
+    def wrapped(self) -> BatchNorm:
+        """The settings of the layer."""
         return self.bn
 
-    def _stats_fields(self) -> tuple[type, set[str]]:
-        return BatchStats, set()
+    def track(
+        self, state: BatchStats, batch: Moments, *, momentum: float | Array | None = None
+    ) -> BatchStats:
+        """Returns the state after one update, which the first batch starts."""
+        momentum = self.bn.momentum if momentum is None else momentum
+        after = updated_stats(state, batch, momentum, self.bn.ddof)
+        assert after.weight is not None
+        return after._replace(weight=jnp.sign(after.weight))
 
-    def _check(self, state: BatchStats, x: Array, tracks: bool, *, momentum: Any = None):
-        if tracks:
-            check_real(state, x.dtype)
-        check_momentum(momentum)
-
-    def _track(
-        self, batch: Moments, state: BatchStats, *, momentum: Any = None
-    ) -> tuple[Pair, BatchStats]:
+    def correction(
+        self, state: BatchStats, batch: Moments, *, momentum: float | Array | None = None
+    ) -> Pair:
+        """Returns what makes of the standardized batch one by the running statistics."""
         momentum = self.bn.momentum if momentum is None else momentum
         assert momentum is not None
         assert state.weight is not None
-        batch = Moments(*(reshard_like(array, state.mean) for array in batch))
-        after = tracked(state, batch, momentum, self.bn.ddof)
-        assert after.weight is not None
-        after = after._replace(weight=jnp.sign(after.weight))
-        rate = jnp.where(state.weight > 0, 1 - momentum, 1).astype(batch.var.dtype)
+        after = lax.stop_gradient(self.track(state, batch, momentum=momentum))
+        own_mean, own_var, count, rest = as_exact(batch)
+        rate = jnp.where(state.weight > 0, 1 - momentum, 1).astype(own_var.dtype)
         # The state carries no gradient; what is normalized with has its share of it.
         mean, var = (
-            used.astype(new.dtype) + rate * (new - lax.stop_gradient(new))
-            for used, new in ((after.mean, batch.mean), (after.var, batch.var))
+            reshard_like(used, new).astype(new.dtype)
+            + rate * (new - lax.stop_gradient(new))
+            for used, new in ((after.mean, own_mean), (after.var, own_var))
         )
         scale = jnp.sqrt(var + self.bn.epsilon)
-        factor = jnp.sqrt(batch.var + self.bn.epsilon) / scale
-        offset = (batch.mean - mean) / scale
-        seen = batch.count > 0
-        return (jnp.where(seen, factor, 1), jnp.where(seen, offset, 0)), after
+        factor = jnp.sqrt(own_var + self.bn.epsilon) / scale
+        offset = ((own_mean - mean) + rest) / scale
+        return jnp.where(count > 0, factor, 1), jnp.where(count > 0, offset, 0)

@@ -5,12 +5,9 @@ from typing import Any
 
 import jax
 
-from jaxbn._layers.apply import apply_layer
-from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.batch_renorm import BatchRenorm
-from jaxbn._layers.ghost_batches import Groups
-from jaxbn._state import BatchNormParams
-from jaxbn._typing import Array
+from jaxbn._layers.ghost_batches import GhostBatches
+from jaxbn._layers.normalizer import Normalizer, require
+from jaxbn._layers.wrapper import Wrapper
 
 LAYOUTS = ("contiguous", "strided")
 TRACKINGS = ("pooled", "averaged")
@@ -18,7 +15,7 @@ TRACKINGS = ("pooled", "averaged")
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class GhostBatchNorm:
+class GhostBatchNorm(Wrapper[Any]):
     """Normalization by the statistics of ghost batches, parts of the batch.
 
     In training, the rows of x (its axis 0) are divided into ghost batches of
@@ -55,19 +52,22 @@ class GhostBatchNorm:
     tracking unless asked otherwise, and in that inference needs no divisible batch.
     """
 
-    inner: BatchNorm | BatchRenorm
+    inner: Normalizer
     virtual_batch_size: int
     _: dataclasses.KW_ONLY
     layout: str = "contiguous"
     tracking: str = "pooled"
 
     def __post_init__(self):
-        if not isinstance(self.inner, (BatchNorm, BatchRenorm)):
+        if getattr(self.inner, "ghost_batches", None) is not None:
             raise TypeError(
                 "GhostBatchNorm divides a BatchNorm or a BatchRenorm, whose statistics it "
                 f"can merge, got {type(self.inner).__name__}. Ghost batches within ghost "
                 "batches are ghost batches of the smaller size."
             )
+        require(
+            "GhostBatchNorm", self.inner, "standardize", "track", "correction", "running"
+        )
         size = self.virtual_batch_size
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(
@@ -82,33 +82,15 @@ class GhostBatchNorm:
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}. Choose one of {known}.")
 
-    def init(
-        self, num_features: int | tuple[int, ...], **options: Any
-    ) -> tuple[BatchNormParams, Any]:
-        """Returns the params and the state of `inner`; takes the keywords of its `init`."""
-        return self.inner.init(num_features, **options)
+    @property
+    def wrapped(self) -> Any:
+        """What the ghost batches are normalized by."""
+        return self.inner
 
-    def apply(
-        self,
-        params: BatchNormParams,
-        state: Any,
-        x: Array,
-        training: bool | Array,
-        **options: Any,
-    ) -> tuple[Array, Any]:
-        """Returns the normalized `x` and the state after it.
-
-        Takes the arguments of `inner.apply`, and raises what it does.
-
-        Raises:
-            ValueError: In training, virtual_batch_size does not divide the rows of x; axis
-                0 of x is a feature axis.
-        """
-        groups = self._groups()
-        return apply_layer(self.inner, params, state, x, training, groups=groups, **options)
-
-    def _groups(self) -> Groups:
-        return Groups(
+    @property
+    def ghost_batches(self) -> GhostBatches:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How the batch is divided in training."""
+        return GhostBatches(
             size=self.virtual_batch_size,
             strided=self.layout == "strided",
             averaged=self.tracking == "averaged",

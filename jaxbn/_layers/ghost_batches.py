@@ -2,15 +2,12 @@
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from jaxbn._sharding import split_axis
-from jaxbn._statistics.moments import Moments, pool_moments
+from jaxbn._statistics.moments import ExactMoments, pool_moments
 from jaxbn._typing import Array, Shape
 
 
-class Groups(NamedTuple):
+class GhostBatches(NamedTuple):
     """Ghost batches of `size` rows: a static description of two reshapes and a merge.
 
     Attributes:
@@ -44,6 +41,10 @@ class Groups(NamedTuple):
         rows = 0 if self.strided else 1
         return (rows, *(axis + 1 for axis in axes if axis != 0))
 
+    def all_axes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns those of `axes`, which are reduced after `split`, and that of the groups."""
+        return tuple(sorted({0, 1, *axes}))
+
     def split(self, array: Array) -> Array:
         """Gives an array of x's rank, or one that broadcasts to x, an axis of groups."""
         rows = array.shape[0]
@@ -54,10 +55,6 @@ class Groups(NamedTuple):
             array, (self.size, groups) if self.strided else (groups, self.size)
         )
 
-    def merge(self, parts: Moments) -> Moments:
+    def merge(self, parts: ExactMoments) -> ExactMoments:
         """Returns the moments to track, given those of the groups along the first axis."""
-        if not self.averaged:
-            return pool_moments(parts)
-        used = (parts.count > 0).astype(parts.count.dtype)
-        share = used / jnp.maximum(used.sum(0), 1)[None]
-        return jax.tree.map(lambda part: (share.astype(part.dtype) * part).sum(0), parts)
+        return pool_moments(parts, averaged=self.averaged)

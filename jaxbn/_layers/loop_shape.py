@@ -1,4 +1,4 @@
-"""The view of x that the arithmetic works on: axes merged, ghost batches divided off."""
+"""The shape of x that the arithmetic works on: axes merged, ghost batches divided off."""
 
 import math
 from typing import NamedTuple
@@ -6,36 +6,37 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxbn._axes import expand, reduction_axes
-from jaxbn._kernels.barriers import is_small, isolated
-from jaxbn._layers.ghost_batches import Groups
+from jaxbn._kernels.accelerator import has_known_size, is_small
+from jaxbn._kernels.barriers import computed_apart
+from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._sharding import explicit_axes, join_axes
 from jaxbn._typing import Array, Axes, Shape
 
 
-class View(NamedTuple):
+class LoopShape(NamedTuple):
     """A static description of how the axes of x are taken.
 
     Attributes:
         shape: The shape of x.
         reduced: The axes of x that are averaged over.
         merged: How many of its last axes are taken as one, or 0.
-        groups: The ghost batches that its first axis is divided into, or None.
+        ghosts: The ghost batches that its first axis is divided into, or None.
     """
 
     shape: Shape
     reduced: tuple[int, ...]
     merged: int
-    groups: Groups | None
+    ghosts: GhostBatches | None
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The axes of the view that are averaged over."""
+        """The axes of that shape that are averaged over."""
         last = len(self.reduced) - max(self.merged - 1, 0)
         axes = self.reduced[:last]
-        return axes if self.groups is None else self.groups.axes(axes)
+        return axes if self.ghosts is None else self.ghosts.axes(axes)
 
     def of(self, array: Array) -> Array:
-        """Returns the view of an array of the features, or one that broadcasts to x."""
+        """Returns an array in this shape: of the features, or one that broadcasts to x."""
         if array.ndim < len(self.shape):
             array = expand(array, self.reduced)
         if self.merged:
@@ -44,18 +45,18 @@ class View(NamedTuple):
                 last = self.shape[-self.merged :]
                 array = jnp.broadcast_to(array, (*first, *last))
             # Without the barrier the compiler would move the reshape out of the way.
-            (array,) = isolated(array.reshape(*first, math.prod(last)))
-        return array if self.groups is None else self.groups.split(array)
+            (array,) = computed_apart(array.reshape(*first, math.prod(last)))
+        return array if self.ghosts is None else self.ghosts.split(array)
 
     def back(self, y: Array, x: Array) -> Array:
         """Returns `y`, which has the shape of the view, in the shape of `x`."""
-        if self.groups is not None:
+        if self.ghosts is not None:
             merged = (*x.shape[: -self.merged], -1) if self.merged else x.shape
             y = join_axes(y, x if not self.merged else x.reshape(merged))
-        return isolated(y)[0].reshape(x.shape) if self.merged else y
+        return computed_apart(y)[0].reshape(x.shape) if self.merged else y
 
 
-def view_of(x: Array, feature_axes: Axes, groups: Groups | None) -> View:
+def loop_shape_of(x: Array, feature_axes: Axes, ghosts: GhostBatches | None) -> LoopShape:
     """Returns the view of `x` in which loops are long.
 
     The CPU backend makes a loop of the last axis: 7 elements where images of 7 x 7 have
@@ -65,5 +66,6 @@ def view_of(x: Array, feature_axes: Axes, groups: Groups | None) -> View:
     merged = 0
     while merged < len(reduced) and reduced[-1 - merged] == x.ndim - 1 - merged:
         merged += 1
-    worth = merged > 1 and not is_small(x) and not explicit_axes(x)
-    return View(x.shape, reduced, merged if worth else 0, groups)
+    long = merged > 1 and has_known_size(x) and not is_small(x)
+    worth = long and not explicit_axes(x)
+    return LoopShape(x.shape, reduced, merged if worth else 0, ghosts)

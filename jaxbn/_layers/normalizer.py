@@ -1,117 +1,260 @@
-"""What normalizers share before any arithmetic: the protocol and the checks."""
+"""What every normalizer answers, and one application of it."""
 
-from typing import Any, Protocol
+import functools
+import inspect
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 
-from jaxbn._typing import Array, Shape
+from jaxbn._axes import feature_shape, reduction_axes
+from jaxbn._dtypes import as_float, upcast, widest
+from jaxbn._kernels.reduction import hide_unweighted
+from jaxbn._layers.checks import (
+    check_adjustment,
+    check_made_by,
+    check_residual,
+    split_mode,
+)
+from jaxbn._layers.ghost_batches import GhostBatches
+from jaxbn._layers.loop_shape import LoopShape, loop_shape_of
+from jaxbn._layers.rule import Given, Plan, normalized, whole_batch
+from jaxbn._statistics.moments import Moments
+from jaxbn._statistics.named_axes import check_axis
+from jaxbn._statistics.weights import prepare_weights
+from jaxbn._typing import (
+    Activation,
+    Array,
+    Axes,
+    AxisGroups,
+    AxisName,
+    DTypeLike,
+    Pair,
+)
+
+Params = TypeVar("Params")
+State = TypeVar("State")
 
 
-class Normalizer(Protocol):
-    """What every kind of normalization is: a value with two pure functions.
+class Normalizer(Protocol[Params, State]):
+    r"""What every kind of normalization is: a value that answers for vectors alone.
 
-    Whatever has these two methods works wherever a `BatchNorm` does. `apply` may take
-    further keywords, such as `weights`. Make it a frozen dataclass, and register it with
-    `jax.tree_util.register_static`, if it is to pass through `jax.jit` as BatchNorm does,
-    without tracing again for an equal value.
+    .. math::
+        y = \left((x - \mu)\,a + b\right) \gamma + \beta
+
+    with a and b from `standardize`, and \gamma and \beta from `scale_and_bias`. Inherit
+    from this class, write `init`, `track` and what else differs from the defaults, and the
+    normalizer works wherever a `BatchNorm` does: over devices, in ghost batches, gathered,
+    re-estimated, folded, and as a module of Flax. Make it a frozen dataclass, and register
+    it with `jax.tree_util.register_static`, to pass it through `jax.jit` without tracing
+    again for an equal value.
+
+    Whatever has an `init` and an `apply` of its own, without inheriting, is a normalizer
+    for `jaxbn.init`, `jaxbn.apply` and the `Norm` modules.
 
     Example:
-        >>> import jax.numpy as jnp, jaxbn
-        >>> class Center:
+        >>> import dataclasses, jax, jax.numpy as jnp, jaxbn
+        >>> @jax.tree_util.register_static
+        ... @dataclasses.dataclass(frozen=True)
+        ... class RootMeanSquareNorm(jaxbn.Normalizer):
+        ...     momentum: float = 0.9
+        ...
         ...     def init(self, num_features):
-        ...         return None, jnp.zeros((1, num_features))
+        ...         one = jnp.ones(num_features)
+        ...         return jaxbn.BatchNormParams(one, None), jaxbn.BatchStats(0 * one, one)
         ...
-        ...     def apply(self, params, state, x, training):
-        ...         mean = x.mean(0, keepdims=True) if training else state
-        ...         return x - mean, 0.9 * state + 0.1 * mean if training else state
+        ...     def standardize(self, mean, var):
+        ...         inverse = jax.lax.rsqrt(mean**2 + var + 1e-6)
+        ...         return inverse, mean * inverse
         ...
-        >>> params, state = jaxbn.init(1, Center())
-        >>> x = jnp.array([[1.0], [3.0]])
-        >>> y, state = jaxbn.apply(params, state, x, True, Center())
-        >>> print(y.ravel(), state.ravel())
-        [-1.  1.] [0.2]
+        ...     def track(self, state, batch):
+        ...         return jaxbn.update_running(state, batch, momentum=self.momentum)
+        ...
+        >>> norm = RootMeanSquareNorm()
+        >>> params, state = norm.init(1)
+        >>> y, state = norm.apply(params, state, jnp.array([[3.0], [4.0]]), training=True)
+        >>> print(y.round(2).ravel(), state.mean.round(2))
+        [0.85 1.13] [0.35]
+
+    Attributes:
+        feature_axes: The axis or axes that keep statistics of their own.
+        axis_name: The mapped axis, or axes, over which a batch is spread, or None.
+        axis_index_groups: Groups of device indices that share statistics, or None.
+        activation: Applied last, or None.
+        dtype: The dtype of the result; None for that of x.
+        ghost_batches: How the batch is divided in training, or None.
     """
 
-    def init(self, num_features: int | tuple[int, ...]) -> tuple[Any, Any]:
+    # Properties, so that a frozen dataclass may have fields of these names.
+    feature_axes: Axes = -1  # pyright: ignore[reportRedeclaration]
+    axis_name: AxisName | None = None
+    axis_index_groups: AxisGroups | None = None
+    activation: Activation | None = None
+    dtype: DTypeLike | None = None
+    ghost_batches: GhostBatches | None = None
+
+    def init(self, num_features: int | tuple[int, ...]) -> tuple[Params, State]:
         """Returns `(params, state)` for inputs with `num_features` features."""
-        ...
+        raise _unanswered(self, "init")
 
     def apply(
-        self, params: Any, state: Any, x: Array, training: bool | Array
-    ) -> tuple[Array, Any]:
-        """Returns the normalized `x` and the state after it."""
-        ...
+        self,
+        params: Params,
+        state: State,
+        x: Array,
+        training: bool | Array,
+        **options: Any,
+    ) -> tuple[Array, State]:
+        """Returns the normalized `x` and the state after it, as `BatchNorm.apply` does.
+
+        `options` are `weights`, `residual`, `adjustment`, and keywords of `track`.
+        """
+        return apply_normalizer(self, params, state, x, training, **options)
+
+    def track(self, state: State, batch: Moments, **options: Any) -> State:
+        """Returns the state after one update with the moments of a batch."""
+        raise _unanswered(self, "track")
+
+    def running(self, state: State) -> Pair:
+        """Returns the mean and the variance that inference normalizes with."""
+        return state.mean, state.var  # pyright: ignore[reportAttributeAccessIssue]
+
+    def standardize(self, mean: Array, var: Array) -> tuple[Array, Array | None]:
+        """Returns what (x - mean) is multiplied by, and what is added then, or None."""
+        raise _unanswered(self, "standardize")
+
+    def scale_and_bias(self, params: Params) -> tuple[Array | None, Array | None]:
+        """Returns the trained scale and bias, each of the shape of the features or None."""
+        return params.scale, params.bias  # pyright: ignore[reportAttributeAccessIssue]
+
+    def correction(self, state: State, batch: Moments, **options: Any) -> Pair | None:
+        """Returns what multiplies and shifts the standardized batch in training, or None."""
+        return None
+
+    def check(self, state: State, x: Array, tracks: bool, **options: Any) -> None:
+        """Raises if the arguments of `apply` do not fit; nothing by default."""
 
 
-def split_mode(training: bool | Array) -> tuple[bool | None, Array | None]:
-    """Returns `training` as a Python bool, or as an array where it is one."""
-    if isinstance(training, (bool, np.bool_)):
-        return bool(training), None
-    if isinstance(training, (jax.Array, np.ndarray)):
-        if training.dtype == jnp.bool_ and training.ndim == 0:
-            return None, jnp.asarray(training)
-        got = f"an array of dtype {training.dtype} and shape {training.shape}"
-    else:
-        got = repr(training)
-    raise TypeError(
-        f"training must be a bool or a boolean scalar array, got {got}. Pass True to "
-        "normalize with the statistics of the batch, False for the running ones."
+def require(user: str, normalizer: Any, *names: str) -> None:
+    """Raises unless `normalizer` answers the methods `names`, which `user` needs."""
+    for name in names:
+        if not callable(getattr(normalizer, name, None)):
+            raise TypeError(
+                f"{user} asks a normalizer for {name}, which {type(normalizer).__name__} "
+                f"does not answer. Wrap the layer itself, or write the method "
+                f"`{_signature(name)}`, for which jaxbn.Normalizer may have a default."
+            )
+
+
+def _unanswered(normalizer: Any, name: str) -> TypeError:
+    return TypeError(
+        f"{type(normalizer).__name__} does not answer {name}, which this needs. Write the "
+        f"method `{_signature(name)}`."
     )
 
 
-def check_fields(
-    name: str, value: Any, fields: tuple[type, set[str]], features: Shape, shape: Shape
-) -> None:
-    """Raises unless `value` is of the type and has the shapes that the layer needs.
+def _signature(name: str) -> str:
+    return f"def {name}{inspect.signature(getattr(Normalizer, name))}"
 
-    `fields` is the type and the names of those of its fields that are None.
-    """
-    kind, absent = fields
-    if not isinstance(value, kind):
-        raise TypeError(
-            f"{name} must be {kind.__name__}, got {type(value).__name__}. Take it from "
-            f"init() of this layer, or build it from its arrays: {kind.__name__}(...)."
+
+def apply_normalizer(
+    layer: Any,
+    params: Any,
+    state: Any,
+    x: Array,
+    training: bool | Array,
+    *,
+    weights: Array | None = None,
+    residual: Array | None = None,
+    adjustment: Pair | None = None,
+    **options: Any,
+) -> tuple[Array, Any]:
+    """Checks the arguments of `layer.apply`, then runs it in one compiled function."""
+    x = as_float(x)
+    axes = reduction_axes(layer.feature_axes, x.shape)
+    features = feature_shape(layer.feature_axes, x.shape)
+    check_made_by(layer, params, state, features, x.shape)
+    check_adjustment(adjustment, features, x.shape)
+    check_residual(residual, x.shape)
+    mode, flag = split_mode(training)
+    layer.check(state, x, mode is not False, **options)
+    if mode is not False:
+        if layer.axis_name is not None:
+            check_axis(layer.axis_name, layer.axis_index_groups)
+        if layer.ghost_batches is not None:
+            layer.ghost_batches.check(x.shape, axes)
+    if weights is not None:
+        weights = prepare_weights(weights, x, axes)
+    if mode is False:
+        adjustment, options = None, {}
+    try:
+        y, after = _apply(
+            layer, mode, params, state, x, weights, residual, adjustment, flag, options
         )
-    for field, array in value._asdict().items():
-        want = None if field in absent else features
-        got = None if array is None else jnp.shape(array)
-        if want != got:
-            raise ValueError(
-                f"{name}.{field} must have shape {want} for x of shape {shape}, got {got}. "
-                "Take params and state from init() of this layer, called with the number "
-                "of features of x."
-            )
+    except NotImplementedError as error:
+        if layer.axis_index_groups is None:
+            raise
+        raise NotImplementedError(
+            f"JAX has no axis_index_groups under vmap, got {layer.axis_index_groups}. Use "
+            "pmap or shard_map, or nest two vmaps and name the inner one, a group."
+        ) from error
+    return y, state if mode is False else after
 
 
-def check_adjustment(
-    adjustment: tuple[Array, Array] | None, features: Shape, shape: Shape
-) -> None:
-    """Raises unless `adjustment` is a pair of arrays that fit the features or x."""
-    if adjustment is None:
-        return
-    if not isinstance(adjustment, (tuple, list)) or len(adjustment) != 2:
-        raise TypeError(
-            f"adjustment must be a pair (scale, offset), got {type(adjustment).__name__}. "
-            "Pass two arrays, each of the shape of the features or broadcastable to x."
+# Not inlined: JAX traces, differentiates and lowers this once for all layers of equal
+# settings and shapes, and a network holds calls of it. XLA inlines the calls before it
+# optimizes anything ("call-inliner"), so the compiled program is the same.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(layer, training, params, state, x, weights, residual, adjustment, flag, options):
+    with jax.named_scope(f"jaxbn.{type(layer).__name__}"):
+        ghosts = None if training is False else layer.ghost_batches
+        shape = loop_shape_of(x, layer.feature_axes, ghosts)
+        given = Given(layer.running(state), layer.scale_and_bias(params), adjustment)
+        plan, captured = _plan(layer, training, shape, x, weights, given)
+        y, batch = normalized(
+            plan,
+            shape.of(hide_unweighted(x, weights)),
+            *jax.tree.map(shape.of, (weights, residual)),
+            captured,
+            jax.tree.map(shape.of, given),
+            flag,
+            lax.stop_gradient((state, options)),
         )
-    for array in adjustment:
-        got = jnp.shape(array)
-        broadcasts = len(got) == len(shape) and all(
-            have in (1, want) for have, want in zip(got, shape, strict=True)
-        )
-        if got != features and not broadcasts:
-            raise ValueError(
-                f"adjustment of shape {got} fits neither the features {features} nor x of "
-                f"shape {shape}. Give it one of these shapes."
-            )
+        y = shape.back(y, x)
+        if layer.activation is not None and plan.activation is None:
+            y = layer.activation(y)
+        if batch is None:
+            return y, None
+        # The state carries no gradient: differentiating a loss through two steps would
+        # otherwise differentiate the first batch's statistics again.
+        state, batch, options = lax.stop_gradient((state, batch, options))
+        after = layer.track(state, whole_batch(plan, batch), **options)
+        if flag is not None:
+            after = jax.tree.map(lambda new, old: jnp.where(flag, new, old), after, state)
+        return y, after
 
 
-def check_residual(residual: Array | None, shape: Shape) -> None:
-    """Raises unless `residual` is None or of the shape of x."""
-    if residual is not None and jnp.shape(residual) != shape:
-        raise ValueError(
-            f"residual must have the shape {shape} of x, got {jnp.shape(residual)}. "
-            "Broadcast it first: jnp.broadcast_to(residual, x.shape)."
-        )
+def _plan(
+    layer: Any,
+    training: bool | None,
+    shape: LoopShape,
+    x: Array,
+    weights: Array | None,
+    given: Given,
+) -> tuple[Plan, tuple[Any, ...]]:
+    """Returns the static part of an application, and what its activation has captured."""
+    wide = widest(upcast(x).dtype, *(a.dtype for a in jax.tree.leaves(given)))
+    dtype = layer.dtype
+    if dtype is None:
+        dtype = wide if jnp.issubdtype(wide, jnp.complexfloating) else x.dtype
+    # Fuse an activation on a reshaped x only if it is known to be elementwise (relu).
+    relu, captured = layer.activation is jax.nn.relu, ()
+    plain = shape.ghosts is None and not shape.merged
+    fused = layer.activation if plain or relu else None
+    if fused is not None and not relu:
+        # What it captured, such as the slope of a parametric ReLU, may be differentiated.
+        fused, captured = jax.closure_convert(fused, jax.ShapeDtypeStruct(x.shape, wide))
+    certain = weights is None and all(isinstance(n, int) and n > 0 for n in x.shape)
+    plan = Plan(layer, shape.axes, training, shape.ghosts, certain, fused, wide, dtype)
+    return plan, captured

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxbn._typing import Array, is_traced
+from jaxbn._compat import is_traced
+from jaxbn._typing import Array
 
 
 class RenormLimits(NamedTuple):

@@ -1,17 +1,17 @@
 """Mean, variance and count of a batch, and how those of two batches merge."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbn._axes import as_axes, reduction_axes
 from jaxbn._dtypes import as_float
-from jaxbn._kernels.barriers import Input, as_input
-from jaxbn._kernels.reduction import count_elements, divisor, mean_and_var
-from jaxbn._statistics.weights import hide_unweighted, prepare_weights
+from jaxbn._kernels.accelerator import divisor, number_of_elements
+from jaxbn._kernels.compensated import two_sum
+from jaxbn._kernels.reduction import count_elements, hide_unweighted, moments_of
+from jaxbn._statistics.weights import prepare_weights
 from jaxbn._typing import Array, Axes
 
 
@@ -78,40 +78,64 @@ def moments(x: Array, *, feature_axes: Axes = -1, weights: Array | None = None) 
     """
     x = as_float(x)
     axes = reduction_axes(as_axes(feature_axes), x.shape)
-    return _moments(x, prepare_weights(weights, x, axes), axes)
+    return batch_moments(x, prepare_weights(weights, x, axes), axes)
 
 
-@functools.partial(jax.jit, static_argnums=2, inline=True)
-def _moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
-    return batch_moments(as_input(hide_unweighted(x, weights)), weights, axes)
+@functools.partial(jax.jit, static_argnums=2)
+def batch_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
+    """Returns the moments of `x` over `axes`, given prepared weights."""
+    x = hide_unweighted(x, weights)
+    batch = exact_moments(x, weights, axes)
+    return Moments(*(jnp.squeeze(array, axes) for array in batch[:3]))
 
 
-def batch_moments(x: Input, weights: Array | None, axes: tuple[int, ...]) -> Moments:
-    """Returns the moments of `x` over `axes`, given prepared weights and no hidden NaN."""
-    return exact_moments(x, weights, axes)[0]
+class ExactMoments(NamedTuple):
+    """Moments whose mean is exact: the sum of `mean` and `rest`, what rounding left out."""
+
+    mean: Array
+    var: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    rest: Array
 
 
-def exact_moments(
-    x: Input, weights: Array | None, axes: tuple[int, ...]
-) -> tuple[Moments, Array]:
-    """Returns the moments of `x`, and what the rounding of its mean left out."""
-    count = count_elements(x.value, weights, axes)
-    if jnp.iscomplexobj(x.value):
-        parts = (jax.tree.map(part, x) for part in (jnp.real, jnp.imag))
-        re, im = (mean_and_var(part, weights, count, axes) for part in parts)
-        mean, rest = (lax.complex(re[i], im[i]) for i in (0, 1))
-        return Moments(mean, re[2] + im[2], count), rest
-    mean, rest, var = mean_and_var(x, weights, count, axes)
-    return Moments(mean, var, count), rest
+def as_exact(batch: Any) -> ExactMoments:
+    """Returns `Moments`, or exact ones, as exact ones."""
+    rest = batch.rest if hasattr(batch, "rest") else jnp.zeros_like(batch.mean)
+    return ExactMoments(*batch[:3], rest)
 
 
-def pool_moments(parts: Moments) -> Moments:
-    """Returns the moments of all batches whose moments lie along the first axis."""
+def exact_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> ExactMoments:
+    """Returns the moments of `x`, of its rank, with size 1 along `axes`."""
+    count = count_elements(x, weights, axes)
+    mean, rest, var = moments_of(x, weights, count, axes)
+    if count is None:
+        count = jnp.full_like(var, number_of_elements(x, axes))
+    return ExactMoments(mean, var, count, rest)
+
+
+def pool_moments(parts: ExactMoments, *, averaged: bool = False) -> ExactMoments:
+    """Returns the moments of all batches whose moments lie along the first axis.
+
+    With `averaged`, the plain averages of the means and the variances, which leaves out how
+    far the means lie apart.
+    """
     count = parts.count.sum(0)
     share = parts.count / divisor(count)[None]
-    mean = (share.astype(parts.mean.dtype) * parts.mean).sum(0)
-    apart = jnp.square(jnp.abs(parts.mean - mean[None]))
-    return Moments(mean, (share * (parts.var + apart)).sum(0), count)
+    if averaged:
+        used = (parts.count > 0).astype(parts.count.dtype)
+        share = used / jnp.maximum(used.sum(0), 1)[None]
+        count = (share * parts.count).sum(0)
+    # Around the rounded mean of all, so that what rounding left out of each is not lost.
+    mixed = share.astype(parts.mean.dtype)
+    around = (mixed * parts.mean).sum(0)
+    apart = (parts.mean - around[None]) + parts.rest
+    slip = (mixed * apart).sum(0)
+    var = parts.var if averaged else parts.var + jnp.square(jnp.abs(apart))
+    var = (share * var).sum(0)
+    if not averaged:
+        var = jnp.maximum(var - jnp.square(jnp.abs(slip)), 0)
+    mean, rest = two_sum(around, slip)
+    return ExactMoments(mean, var, count, rest)
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:

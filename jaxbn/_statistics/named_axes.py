@@ -4,7 +4,11 @@ import operator
 from collections.abc import Hashable
 from typing import Any
 
-from jaxbn._typing import AxisGroups, AxisName
+import jax
+from jax import lax
+
+from jaxbn._compat import varying_axes
+from jaxbn._typing import Array, AxisGroups, AxisName
 
 
 def axis_groups(num_devices: int, group_size: int) -> AxisGroups:
@@ -69,4 +73,35 @@ def _check_name(axis_name: Any) -> None:
         raise TypeError(
             "axis_name must be the name of a mapped axis or a tuple of different ones, got "
             f'{axis_name!r}. Write "data" or ("data", "replica").'
+        )
+
+
+def check_nesting(x: Array, axis_name: AxisName) -> None:
+    """Raises for an axis of vmap that JAX cannot sum over, where types tell of varying."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    mapped = tuple(name for name in names if name not in manual)
+    if mapped and varying_axes(x):
+        raise NotImplementedError(
+            f"JAX cannot sum over the axes {mapped} of vmap inside a shard_map that checks "
+            "varying axes. Pass check_vma=False to jax.shard_map, or make them mesh axes."
+        )
+
+
+def check_axis(axis_name: AxisName, groups: AxisGroups | None) -> None:
+    """Raises unless the axis is bound here, and the groups partition it."""
+    try:
+        size = lax.axis_size(axis_name)
+    except NameError:
+        raise NameError(
+            f"there is no mapped axis {axis_name!r} here. Call this under jax.pmap or "
+            f"jax.vmap with axis_name={axis_name!r}, or under a jax.shard_map that is "
+            "manual over it. Under plain jax.jit, statistics are those of the whole batch "
+            "already: leave axis_name out."
+        ) from None
+    if groups is not None and sum(map(len, groups)) != size:
+        raise ValueError(
+            f"axis_index_groups {groups} do not cover the {size} devices of the axis "
+            f"{axis_name!r}. Name each of 0 to {size - 1} in exactly one group, or see "
+            "jaxbn.axis_groups."
         )

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._compat import is_traced
 from jaxbn._sharding import reshard_like
 from jaxbn._state import BatchStats
 from jaxbn._statistics.moments import Moments
-from jaxbn._typing import Array, is_traced
+from jaxbn._typing import Array
 
 
 def update_running(
@@ -84,7 +85,7 @@ def update_running(
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)
 def _update_running(state, batch, momentum, ddof):
-    return tracked(state, batch, momentum, ddof)
+    return updated_stats(state, batch, momentum, ddof)
 
 
 def check_momentum(momentum: float | Array | None) -> None:
@@ -120,16 +121,16 @@ def check_real(state: BatchStats, dtype: jnp.dtype) -> None:
         )
 
 
-def tracked(
+def updated_stats(
     state: BatchStats, batch: Moments, momentum: float | Array | None, ddof: int
 ) -> BatchStats:
     """Returns `update_running` of checked arguments."""
     # Without the stop, differentiating a loss through two steps would differentiate the
     # first batch's statistics again.
     state, batch = lax.stop_gradient((state, batch))
-    batch = Moments(*(reshard_like(array, state.mean) for array in batch))
+    batch = Moments(*(reshard_like(array, state.mean) for array in batch[:3]))
     var = batch.var * _bessel(batch.count, ddof)
-    sound = is_sound(batch, var)
+    sound = is_finite_batch(batch, var)
     rate, weight = _rate(state, momentum)
     if weight is not None and state.weight is not None:
         weight = jnp.where(sound, weight, state.weight)
@@ -137,7 +138,7 @@ def tracked(
     return BatchStats(mean, move(state.var, var, rate, sound), weight)
 
 
-def is_sound(batch: Moments, var: Array) -> Array:
+def is_finite_batch(batch: Moments, var: Array) -> Array:
     """Tells which features of the batch may enter an average without spoiling it."""
     return (batch.count > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
 

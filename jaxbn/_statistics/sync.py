@@ -7,11 +7,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxbn._kernels.compensated import halves, settled, two_product, two_sum
-from jaxbn._kernels.reduction import divisor
-from jaxbn._sharding import varying_axes
-from jaxbn._statistics.moments import Moments
-from jaxbn._statistics.named_axes import as_groups
+from jaxbn._kernels.accelerator import divisor
+from jaxbn._kernels.compensated import (
+    compensated_sum,
+    halves,
+    halves_below,
+    interleaved,
+    settled,
+    two_product,
+    two_sum,
+)
+from jaxbn._statistics.moments import ExactMoments, Moments
+from jaxbn._statistics.named_axes import as_groups, check_axis, check_nesting
 from jaxbn._typing import Array, AxisGroups, AxisName
 
 
@@ -72,20 +79,22 @@ def sync_moments(
             "the mean and the variance of moments must have one shape, got "
             f"{jnp.shape(mean)} and {jnp.shape(var)}. Take them from jaxbn.moments."
         )
-    moments = Moments(mean, var, jnp.broadcast_to(jnp.asarray(count, var.dtype), var.shape))
-    return sync_exact(moments, jnp.zeros_like(mean), axis_name, axis_index_groups)
+    count = jnp.broadcast_to(jnp.asarray(count, var.dtype), var.shape)
+    exact = ExactMoments(mean, var, count, jnp.zeros_like(mean))
+    return Moments(*sync_exact(exact, axis_name, axis_index_groups)[:3])
 
 
 def sync_exact(
-    moments: Moments, rest: Array, axis_name: AxisName, groups: AxisGroups | None
-) -> Moments:
-    """Returns `sync_moments`, given also what the rounding of the means left out."""
-    mean, var, count = moments
+    moments: ExactMoments, axis_name: AxisName, groups: AxisGroups | None
+) -> ExactMoments:
+    """Returns the moments of all devices; what rounding leaves out of the means counts."""
+    mean, var, count, rest = moments
     check_nesting(mean, axis_name)
     if not jnp.iscomplexobj(mean):
-        return Moments(*_sync(mean, rest, var, count, axis_name, groups))
-    # The two parts are two features, of which the first brings the variance along.
-    mean, var, count = _sync(
+        mean, rest, var, count = _sync(mean, rest, var, count, axis_name, groups)
+        return ExactMoments(mean, var, count, rest)
+    # Real and imaginary parts travel as two features; the real variance rides on the first.
+    mean, rest, var, count = _sync(
         jnp.stack([mean.real, mean.imag]),
         jnp.stack([rest.real, rest.imag]),
         jnp.stack([var, jnp.zeros_like(var)]),
@@ -93,71 +102,77 @@ def sync_exact(
         axis_name,
         groups,
     )
-    return Moments(lax.complex(mean[0], mean[1]), var.sum(0), count[0])
+    mean, rest = (lax.complex(a[0], a[1]) for a in (mean, rest))
+    return ExactMoments(mean, var.sum(0), count[0], rest)
 
 
-def check_nesting(x: Array, axis_name: AxisName) -> None:
-    """Raises for an axis of vmap that JAX cannot sum over, where types tell of varying."""
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    mapped = tuple(name for name in names if name not in manual)
-    if mapped and varying_axes(x):
-        raise NotImplementedError(
-            f"JAX cannot sum over the axes {mapped} of vmap inside a shard_map that checks "
-            "varying axes. Pass check_vma=False to jax.shard_map, or make them mesh axes."
-        )
-
-
-def check_axis(axis_name: AxisName, groups: AxisGroups | None) -> None:
-    """Raises unless the axis is bound here, and the groups partition it."""
-    try:
-        size = lax.axis_size(axis_name)
-    except NameError:
-        raise NameError(
-            f"there is no mapped axis {axis_name!r} here. Call this under jax.pmap or "
-            f"jax.vmap with axis_name={axis_name!r}, or under a jax.shard_map that is "
-            "manual over it. Under plain jax.jit, statistics are those of the whole batch "
-            "already: leave axis_name out."
-        ) from None
-    if groups is not None and sum(map(len, groups)) != size:
-        raise ValueError(
-            f"axis_index_groups {groups} do not cover the {size} devices of the axis "
-            f"{axis_name!r}. Name each of 0 to {size - 1} in exactly one group, or see "
-            "jaxbn.axis_groups."
-        )
+def sum_over_devices(
+    parts: tuple[Array, ...], axis_name: AxisName | None, groups: AxisGroups | None
+) -> tuple[Array, ...]:
+    """Returns sums of one shape over the devices, in one collective."""
+    if axis_name is None:
+        return parts
+    if not jnp.iscomplexobj(parts[0]):
+        return tuple(_sum(jnp.stack(parts), axis_name, groups))
+    first, *others = parts
+    re, im, *others = _sum(jnp.stack([first.real, first.imag, *others]), axis_name, groups)
+    return lax.complex(re, im), *others
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _sync(mean, rest, var, count, axis_name, groups):
-    # n, n mean and n mean^2, of which nearly all cancels, travel as leading halves, which
-    # add up without rounding, and rests.
-    total, total_rest = two_product(count, mean)
-    square, square_rest = two_product(total, mean)
-    square_rest += (total_rest + 2 * count * rest) * mean
-    total_rest += count * rest
+    # n, n mean and n mean^2, of which nearly all cancels in the variance, are computed in
+    # three times the precision, of which the sums over devices keep 2^-60.
     words = [count * var, *halves(count)]
-    words += [*halves(total), total_rest]
-    words += [*halves(square), square_rest]
+    total = _product((count, jnp.zeros_like(count), jnp.zeros_like(count)), mean, rest)
+    words += [*_as_words(total), *_as_words(_product(total, mean, rest))]
     within, *words = _sum(jnp.stack(words), axis_name, groups)
     count, count_rest = two_sum(*words[:2])
-    total, total_rest = _normal(*words[2:5])
-    square, square_rest = _normal(*words[5:])
+    total, square = _from_words(words[2:6]), _from_words(words[6:])
 
     n = divisor(count)
-    mean = settled(total / n)
-    product, product_rest = two_product(mean, n)
-    product_rest += mean * count_rest
-    mean_rest = ((total - product) - product_rest + total_rest) / n
-    product, product_rest = two_product(mean, total)
-    cross = mean * total_rest + mean_rest * total
-    between = (square - product) - product_rest + square_rest - cross
-    return mean + mean_rest, (within + jnp.maximum(between, 0)) / n, count
+    mean = settled(total[0] / n)
+    product = _product((n, count_rest, jnp.zeros_like(n)), mean, jnp.zeros_like(mean))
+    negative = [-part for part in product]
+    slip, slip_rest = compensated_sum(*interleaved(total, negative))
+    # With slip = total - n mean: square - total^2 / n = square - n mean^2 - 2 mean slip
+    # - slip^2 / n, of which the first difference is exact.
+    cross, cross_rest = two_product(2 * mean, slip)
+    less = [-part for part in _product(product, mean, jnp.zeros_like(mean))]
+    late = -cross_rest - 2 * mean * slip_rest - slip * (slip / n)
+    between, between_rest = compensated_sum(*interleaved(square, less), -cross, late)
+    within += jnp.maximum(between + between_rest, 0)
+    mean, rest = two_sum(mean, slip / n + slip_rest / n)
+    return mean, rest, within / n, count
 
 
-def _normal(high: Array, low: Array, rest: Array) -> tuple[Array, Array]:
-    """Returns the sum of three numbers as its value and what the value rounds off."""
-    total, lost = two_sum(high, low)
-    return two_sum(total, lost + rest)
+Triple = tuple[Array, Array, Array]
+
+
+def _product(a: Triple, b: Array, rest: Array) -> Triple:
+    """Returns a times the sum of b and its rest; each part some 24 bits below the last."""
+    first, low = two_product(a[0], b)
+    (second, second_low), (third, third_low) = two_product(a[1], b), two_product(a[0], rest)
+    middle, lost = two_sum(low, second)
+    middle, lost_too = two_sum(middle, third)
+    last = (lost + lost_too) + (second_low + third_low) + (a[2] * b + a[1] * rest)
+    return first, middle, last
+
+
+def _as_words(a: Triple) -> list[Array]:
+    """Returns four words of which sums over devices lose nothing above 2^-60 of `a`."""
+    high, low = halves_below(a[1], a[0])
+    return [*halves(a[0]), high, low + a[2]]
+
+
+def _from_words(words: list[Array]) -> Triple:
+    """Undoes `_as_words` of a sum."""
+    first, low = two_sum(words[0], words[1])
+    second, last = two_sum(words[2], words[3])
+    middle, lost = two_sum(low, second)
+    first, middle = two_sum(first, middle)
+    middle, last = two_sum(middle, last + lost)
+    return first, middle, last
 
 
 @functools.partial(_sync.defjvp, symbolic_zeros=True)
@@ -165,7 +180,7 @@ def _sync_jvp(axis_name, groups, primals, tangents):
     mean, rest, var, count = primals
     tangents = tangents[0], *tangents[2:]  # the rest moves with the mean
     out = _sync(mean, rest, var, count, axis_name, groups)
-    apart = mean - out[0]
+    apart = (mean - out[0]) + (rest - out[1])
     tmean, tvar, tcount = (
         jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
         for primal, tangent in zip((mean, var, count), tangents, strict=True)
@@ -173,11 +188,12 @@ def _sync_jvp(axis_name, groups, primals, tangents):
     terms = [count * tmean, count * tvar + 2 * count * apart * tmean]
     if not isinstance(tangents[2], SymbolicZero):
         terms[0] += apart * tcount
-        terms[1] += (var + jnp.square(apart) - out[1]) * tcount
+        terms[1] += (var + jnp.square(apart) - out[2]) * tcount
         terms.append(tcount)
     by_mean, by_var, *by_count = _sum(jnp.stack(terms), axis_name, groups)
-    n = divisor(out[2])
-    return out, (by_mean / n, by_var / n, by_count[0] if by_count else jnp.zeros_like(n))
+    n = divisor(out[3])
+    by_count = by_count[0] if by_count else jnp.zeros_like(n)
+    return out, (by_mean / n, jnp.zeros_like(n), by_var / n, by_count)
 
 
 def _sum(x: Array, axis_name: AxisName, groups: AxisGroups | None) -> Array:

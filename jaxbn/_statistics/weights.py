@@ -2,8 +2,9 @@
 
 import jax.numpy as jnp
 
+from jaxbn._compat import is_traced
 from jaxbn._dtypes import at_least_float32, real_part
-from jaxbn._typing import Array, Shape, is_traced
+from jaxbn._typing import Array, Shape
 
 
 def prepare_weights(weights: Array | None, x: Array, axes: tuple[int, ...]) -> Array | None:
@@ -46,13 +47,3 @@ def _aligned_shape(shape: Shape, ndim: int, axes: tuple[int, ...]) -> Shape | No
         return None
     size_of = dict(zip(axes, shape, strict=False))
     return tuple(size_of.get(axis, 1) for axis in range(ndim))
-
-
-def hide_unweighted(x: Array, weights: Array | None) -> Array:
-    """Reads NaN and infinity of weight 0 as 0, so that they reach no sum and no gradient.
-
-    Multiplying by the weight would not do: 0 times NaN is NaN, forward and backward.
-    """
-    if weights is None:
-        return x
-    return jnp.where((weights > 0) | jnp.isfinite(x), x, jnp.zeros_like(x))

@@ -14,27 +14,44 @@ Example:
     >>> y, state = layer.bn.apply(layer.params, layer.state, x, training=True)
 """
 
-from jaxbn._layers.ema_batch_norm import EmaBatchNorm as EmaBatchNorm
-from jaxbn.convert._converted import Converted as Converted
-from jaxbn.convert._equinox import find_equinox as find_equinox
-from jaxbn.convert._equinox import from_equinox as from_equinox
-from jaxbn.convert._equinox import to_equinox as to_equinox
-from jaxbn.convert._files import CheckpointError as CheckpointError
-from jaxbn.convert._files import load as load
-from jaxbn.convert._files import save as save
-from jaxbn.convert._flax import find_flax as find_flax
-from jaxbn.convert._flax import from_flax as from_flax
-from jaxbn.convert._flax import to_flax as to_flax
-from jaxbn.convert._haiku import find_haiku as find_haiku
-from jaxbn.convert._haiku import from_haiku as from_haiku
-from jaxbn.convert._haiku import to_haiku as to_haiku
-from jaxbn.convert._keras import find_keras as find_keras
-from jaxbn.convert._keras import from_keras as from_keras
-from jaxbn.convert._keras import to_keras as to_keras
-from jaxbn.convert._tf1 import find_tf1 as find_tf1
-from jaxbn.convert._tf1 import from_tf1 as from_tf1
-from jaxbn.convert._tf1 import to_tf1 as to_tf1
-from jaxbn.convert._torch import find_torch as find_torch
-from jaxbn.convert._torch import from_torch as from_torch
-from jaxbn.convert._torch import to_torch as to_torch
-from jaxbn.convert._whole_model import Found as Found
+from jaxbn._layers.ema_batch_norm import EmaBatchNorm
+from jaxbn.convert._converted import Converted
+from jaxbn.convert._equinox import find_equinox, from_equinox, to_equinox
+from jaxbn.convert._files import CheckpointError, load, save
+from jaxbn.convert._flax import find_flax, from_flax, to_flax
+from jaxbn.convert._haiku import find_haiku, from_haiku, to_haiku
+from jaxbn.convert._keras import find_keras, from_keras, to_keras
+from jaxbn.convert._tf1 import find_tf1, from_tf1, to_tf1
+from jaxbn.convert._torch import find_torch, from_torch, to_torch
+from jaxbn.convert._whole_model import Found
+
+__all__ = [
+    "CheckpointError",
+    "Converted",
+    "EmaBatchNorm",
+    "Found",
+    "find_equinox",
+    "find_flax",
+    "find_haiku",
+    "find_keras",
+    "find_tf1",
+    "find_torch",
+    "from_equinox",
+    "from_flax",
+    "from_haiku",
+    "from_keras",
+    "from_tf1",
+    "from_torch",
+    "load",
+    "save",
+    "to_equinox",
+    "to_flax",
+    "to_haiku",
+    "to_keras",
+    "to_tf1",
+    "to_torch",
+]
+
+# Pickles and tracebacks then name the public module, whichever file defines a class.
+for _name in __all__:
+    globals()[_name].__module__ = __name__

@@ -1,30 +1,29 @@
-"""How a library names the arrays of a batch norm, and which of them belong together."""
+"""Finds which arrays belong to one layer by the names that a library gives them."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxbn.convert._torch_file import from_tensor
-
 
 @dataclasses.dataclass(frozen=True)
-class Dialect:
-    """The names of one library.
+class Naming:
+    """How one library names the arrays of a batch norm.
 
     Attributes:
         library: Its name, for messages.
         separator: What joins the parts of a name.
         spellings: For each role that an array plays, how it is named, `*` being the name
             of the layer; the first spelling that is there counts.
-        marks: The roles that only a batch norm has.
+        required_roles: A layer is a batch norm if it has an array of one of these roles.
     """
 
     library: str
     separator: str
     spellings: Mapping[str, tuple[str, ...]]
-    marks: tuple[str, ...] = ("mean", "var")
+    required_roles: tuple[str, ...] = ("mean", "var")
 
     def name(self, spelling: str, layer: str) -> str:
         """Returns the name of an array of `layer`, which may be empty."""
@@ -36,7 +35,7 @@ class Dialect:
         return spelling.split("*" + self.separator)[1]
 
     def layers(self, names: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-        """Returns the spelling of each role that is there, for each possible layer."""
+        """Returns the batch norms: the spelling of each role that is there, by layer."""
         found: dict[str, dict[str, str]] = {}
         for name in names:
             for role, spelling, layer in self._readings(name):
@@ -47,28 +46,31 @@ class Dialect:
         return {
             layer: {role: roles[role] for role in self.spellings if role in roles}
             for layer, roles in found.items()
+            if roles.keys() & set(self.required_roles)
         }
 
     def _readings(self, name: str) -> Iterator[tuple[str, str, str]]:
+        separator = re.escape(self.separator)
         for role, spellings in self.spellings.items():
             for spelling in spellings:
-                head, tail = spelling.split("*" + self.separator)
-                inner = name[len(head) : len(name) - len(tail)]
-                layer = inner.removesuffix(self.separator)
-                if layer == inner and layer:
-                    continue
-                if self.name(spelling, layer) == name:
-                    yield role, spelling, layer
+                head, tail = map(re.escape, spelling.split("*" + self.separator))
+                if match := re.fullmatch(f"{head}(?:(.+){separator})?{tail}", name):
+                    yield role, spelling, match[1] or ""
 
 
-class Part:
-    """The arrays of one layer, by the roles that they play."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerArrays:
+    """The arrays of one layer, and the spellings of their names, by role."""
 
-    def __init__(self, dialect: Dialect, layer: str, spellings: dict[str, str], flat: Any):
-        self.layer, self.spellings = layer, spellings
-        self.names = {role: dialect.name(s, layer) for role, s in spellings.items()}
-        self.arrays = {role: as_numpy(n, flat[n]) for role, n in self.names.items()}
-        self._dialect = dialect
+    naming: Naming
+    layer: str
+    spellings: Mapping[str, str]
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names of the arrays by role."""
+        return {role: self.naming.name(s, self.layer) for role, s in self.spellings.items()}
 
     def get(self, role: str) -> np.ndarray | None:
         """Returns the array of a role, or None."""
@@ -77,7 +79,7 @@ class Part:
     def need(self, role: str) -> np.ndarray:
         """Returns the array of a role, or raises."""
         if role not in self.arrays:
-            missing = self._dialect.name(self._dialect.spellings[role][0], self.layer)
+            missing = self.naming.name(self.naming.spellings[role][0], self.layer)
             raise ValueError(
                 f"there is no {missing!r} beside {', '.join(self.names.values())}. A batch "
                 "norm is converted with its running statistics; take them from a "
@@ -92,7 +94,7 @@ class Part:
 
     def tail(self, role: str) -> str:
         """Returns the name of an array within its layer."""
-        return self._dialect.tail(self.spellings[role])
+        return self.naming.tail(self.spellings[role])
 
     def count(self, role: str) -> int:
         """Returns a number of steps, or raises."""
@@ -129,14 +131,3 @@ def walk(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...
         return
     for key, value in tree.items():
         yield from walk(value, (*path, str(key)))
-
-
-def as_numpy(name: str, leaf: Any) -> np.ndarray:
-    """Returns a copy of an array, a tensor or a variable."""
-    if type(leaf).__module__.split(".")[0] == "torch":
-        return from_tensor(name, leaf)
-    if not hasattr(leaf, "dtype"):
-        raise TypeError(
-            f"{name} must be an array, got {type(leaf).__name__}. Pass dicts of arrays."
-        )
-    return np.array(leaf)

@@ -1,7 +1,8 @@
-"""From arrays of any library to params and statistics: their checks and their dtypes."""
+"""Converts the arrays of a layer to params and statistics, and checks them."""
 
+import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +10,42 @@ import numpy as np
 
 from jaxbn._dtypes import at_least_float32, widest
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.batch_renorm import RenormStats
-from jaxbn._layers.normalizer import Normalizer
-from jaxbn._state import BatchNormParams, BatchStats
+from jaxbn._state import BatchNormParams
 from jaxbn._typing import Array, Axes
-from jaxbn.convert._array_names import Part
+from jaxbn.convert._array_names import LayerArrays
 
+# PyTorch cannot convert these dtypes to NumPy, so their bits are read as integers.
+_BITS = {
+    "torch.bfloat16": ("int16", jnp.bfloat16),
+    "torch.float8_e4m3fn": ("int8", jnp.float8_e4m3fn),
+    "torch.float8_e5m2": ("int8", jnp.float8_e5m2),
+}
 _NOT_NEGATIVE = ("var", "var_hidden", "hidden_var", "std", "renorm_std")
 
 
-class Values(NamedTuple):
-    """What was read of a layer."""
+def as_numpy(name: str, leaf: Any) -> np.ndarray:
+    """Returns a copy of an array, a tensor or a variable."""
+    if type(leaf).__module__.split(".")[0] == "torch":
+        return from_tensor(name, leaf)
+    if not hasattr(leaf, "dtype"):
+        raise TypeError(
+            f"{name} must be an array, got {type(leaf).__name__}. Pass dicts of arrays."
+        )
+    return np.array(leaf)
 
-    bn: Normalizer
-    params: BatchNormParams
-    state: BatchStats | RenormStats
-    notes: tuple[str, ...]
+
+def from_tensor(name: str, tensor: Any) -> np.ndarray:
+    """Returns a copy of the values of a tensor, in its dtype."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise ValueError(f"{name!r} is a sparse, quantized or empty tensor")
+    tensor = tensor.detach().cpu()
+    bits = _BITS.get(str(tensor.dtype))
+    if bits is None:
+        return np.array(tensor.resolve_conj().resolve_neg().numpy())
+    integer, dtype = bits
+    return np.array(tensor.contiguous().view(getattr(torch, integer)).numpy()).view(dtype)
 
 
 class Checked(NamedTuple):
@@ -35,20 +56,22 @@ class Checked(NamedTuple):
     notes: tuple[str, ...]
 
 
-def checked(part: Part, roles: tuple[str, ...], axes: Axes | None = None) -> Checked:
+def checked(
+    found: LayerArrays, roles: tuple[str, ...], axes: Axes | None = None
+) -> Checked:
     """Returns the arrays of those of the roles that are there, or raises.
 
     Args:
-        part: The layer.
+        found: The layer.
         roles: Those of floating arrays.
         axes: Feature axes to which arrays of x's rank are reduced; None to keep shapes.
     """
     arrays, notes = {}, []
     for role in roles:
-        array = part.get(role)
+        array = found.get(role)
         if array is None:
             continue
-        name = part.names[role]
+        name = found.names[role]
         _check_floats(name, array)
         if role in _NOT_NEGATIVE:
             zeros = int((array == 0).sum())
@@ -58,9 +81,9 @@ def checked(part: Part, roles: tuple[str, ...], axes: Axes | None = None) -> Che
                     "Estimate the statistics anew."
                 )
             if zeros and role == "var":
-                notes.append(f"{part.tail(role)} is 0 in {_channels(array == 0)}")
+                notes.append(f"{found.tail(role)} is 0 in {_channels(array == 0)}")
         arrays[role] = array if axes is None else _of_features(name, array, axes)
-    shapes = {part.names[role]: array.shape for role, array in arrays.items()}
+    shapes = {found.names[role]: array.shape for role, array in arrays.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(
             f"the arrays of one layer must be of one shape, got {shapes}. They are not of "
@@ -116,14 +139,20 @@ def _of_features(name: str, array: np.ndarray, axes: Axes) -> np.ndarray:
     return array.reshape(features)
 
 
-def to_params(read: Checked) -> tuple[BatchNormParams, jnp.dtype]:
-    """Returns the params, and their dtype or, without any, that of the statistics."""
+def to_layer(read: Checked, **settings: Any) -> tuple[BatchNorm, BatchNormParams]:
+    """Returns a layer with these settings and its params.
+
+    Without params, `param_dtype` is the dtype of the statistics.
+    """
     given = [read.arrays[role] for role in ("scale", "bias") if role in read.arrays]
     dtype = widest(*(a.dtype for a in given or read.arrays.values()))
     fields = (read.arrays.get(role) for role in ("scale", "bias"))
-    return BatchNormParams(
+    params = BatchNormParams(
         *(None if a is None else jnp.asarray(a.astype(dtype)) for a in fields)
-    ), dtype
+    )
+    scaled, shifted = params.scale is not None, params.bias is not None
+    bn = BatchNorm(use_scale=scaled, use_bias=shifted, param_dtype=dtype, **settings)
+    return bn, params
 
 
 def to_stats(*arrays: np.ndarray) -> list[Array]:
@@ -132,9 +161,10 @@ def to_stats(*arrays: np.ndarray) -> list[Array]:
     return [jnp.asarray(array.astype(dtype)) for array in arrays]
 
 
-def plain(bn: Normalizer, library: str) -> BatchNorm:
-    """Returns `bn` if it is a BatchNorm, or raises because `library` has no other."""
-    if isinstance(bn, BatchNorm):
+def plain(bn: Any, library: str) -> BatchNorm:
+    """Returns `bn`, or raises if it is none of the plain layers that `library` has."""
+    # A normalizer that wraps another in its field `bn` trains differently from it.
+    if not hasattr(bn, "bn") and hasattr(bn, "momentum") and hasattr(bn, "epsilon"):
         return bn
     raise TypeError(
         f"{library} has nothing like {type(bn).__name__}. Pass the BatchNorm in it: its "
@@ -161,3 +191,33 @@ def expanded(
     kept = {axis % ndim for axis in features}
     others = tuple(axis for axis in range(ndim) if axis not in kept)
     return {role: np.expand_dims(array, others) for role, array in arrays.items()}
+
+
+def share(decay: float, steps: int) -> Any:
+    """Returns 1 - decay^steps as float32 has it, as a scalar of NumPy."""
+    # Haiku and Equinox compute this in float32.
+    return np.float32(1) - np.power(np.float32(decay), np.float32(steps))
+
+
+def steps_of(bn: BatchNorm, state: Any, counted: int | None, library: str) -> int:
+    """Returns the number of steps after which an average has the weight of `state`.
+
+    Where it no longer tells, as without debiasing, so many that nothing is left to debias;
+    or `counted`, the number that came with the layer, if that is more.
+    """
+    if bn.momentum is None or bn.momentum >= 1:
+        raise ValueError(
+            f"{library} averages with a fixed decay below 1, got momentum={bn.momentum}. "
+            "Write the layer with the decay that training goes on with."
+        )
+    if bn.momentum == 0:
+        enough = 1
+    else:
+        enough = math.ceil(math.log(2.0**-26) / math.log(bn.momentum))
+    weight = getattr(state, "weight", None)
+    weight = None if weight is None else float(np.max(weight))
+    if weight == 0:
+        return 0
+    if weight is not None and weight < 1 and bn.momentum > 0:
+        return max(1, min(enough, round(math.log1p(-weight) / math.log(bn.momentum))))
+    return max(enough, counted or 0)

@@ -1,34 +1,34 @@
-"""A batch norm that came from another library, and its way back."""
+"""Reads one layer of another library, and writes it back bit for bit."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
-from jaxbn._layers.batch_renorm import RenormStats
 from jaxbn._layers.normalizer import Normalizer
-from jaxbn._state import BatchNormParams, BatchStats
-from jaxbn.convert._array_names import Dialect, Part, flatten
-from jaxbn.convert._arrays import Values
+from jaxbn._state import BatchNormParams
+from jaxbn.convert._array_names import LayerArrays, Naming, flatten
+from jaxbn.convert._arrays import as_numpy
 
-Read: TypeAlias = Callable[[Part], Values]
-# From a layer and the arrays that it came from, which may be none, to arrays.
-Write: TypeAlias = Callable[["Converted", Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+Bn = TypeVar("Bn", bound=Normalizer, covariant=True)
+Stats = TypeVar("Stats", covariant=True)
+Layer = TypeVar("Layer", bound="Converted[Any, Any]")
+Read: TypeAlias = Callable[[LayerArrays], Layer]
+# Returns arrays by role, given a layer and the arrays that it was read from, if any.
+Write: TypeAlias = Callable[[Any, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """What a layer was read from: arrays and spellings by role, and what they became."""
+    """What a layer was read from, and the arrays as which it would be written unchanged."""
 
-    dialect: Dialect
-    spellings: Mapping[str, str]
-    arrays: Mapping[str, np.ndarray]
+    read: LayerArrays
     written: Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Converted:
+class Converted(Generic[Bn, Stats]):
     """A batch norm as jaxbn has it, and where it came from.
 
     Training goes on with `bn.apply(params, state, x, training)`. To write a trained layer
@@ -53,60 +53,65 @@ class Converted:
             bit; what did, in the same shapes and dtypes.
     """
 
-    bn: Normalizer
+    bn: Bn
     params: BatchNormParams
-    state: BatchStats | RenormStats
+    state: Stats
     notes: tuple[str, ...] = ()
     source: Source | None = dataclasses.field(default=None, repr=False)
 
 
-def read_layer(dialect: Dialect, part: Part, read: Read, write: Write) -> Converted:
-    """Returns the layer of a part, remembering what it came from."""
-    layer = Converted(*read(part))
-    written = write(layer, part.arrays)
-    source = Source(dialect, part.spellings, part.arrays, written)
-    return dataclasses.replace(layer, source=source)
+def read_layer(
+    naming: Naming,
+    flat: Mapping[str, Any],
+    found: tuple[str, Mapping[str, str]],
+    read: Read[Layer],
+    write: Write,
+) -> Layer:
+    """Returns a layer that `naming` found in `flat`, and remembers what it came from."""
+    name, spellings = found
+    names = {role: naming.name(spelling, name) for role, spelling in spellings.items()}
+    arrays = {role: as_numpy(name, flat[name]) for role, name in names.items()}
+    given = LayerArrays(naming, name, spellings, arrays)
+    layer = read(given)
+    return dataclasses.replace(layer, source=Source(given, write(layer, arrays)))
 
 
 def read_one(
-    dialect: Dialect, arrays: Mapping[str, Any], layer: str, read: Read, write: Write
-) -> Converted:
+    naming: Naming, arrays: Mapping[str, Any], name: str, read: Read[Layer], write: Write
+) -> Layer:
     """Returns the layer of that name, or raises."""
-    flat = flatten(arrays, dialect.separator)
-    layers = dialect.layers(flat)
-    layer = layer.removesuffix(dialect.separator)
-    if not set(dialect.marks) & layers.get(layer, {}).keys():
-        known = [
-            name for name, roles in layers.items() if set(dialect.marks) & roles.keys()
-        ]
-        marks = (dialect.name(dialect.spellings[m][0], layer) for m in dialect.marks)
+    flat = flatten(arrays, naming.separator)
+    layers = naming.layers(flat)
+    name = name.removesuffix(naming.separator)
+    if name not in layers:
+        required = [naming.spellings[role][0] for role in naming.required_roles]
         raise ValueError(
-            f"there is no batch norm {layer!r} with running statistics "
-            f"({', '.join(marks)}). There are {len(known)} others: "
-            f"{', '.join(map(repr, known[:8]))}."
+            f"there is no batch norm {name!r} with running statistics "
+            f"({', '.join(naming.name(spelling, name) for spelling in required)}). There "
+            f"are {len(layers)} others: {', '.join(map(repr, list(layers)[:8]))}."
         )
-    return read_layer(dialect, Part(dialect, layer, layers[layer], flat), read, write)
+    return read_layer(naming, flat, (name, layers[name]), read, write)
 
 
 def write_one(
-    dialect: Dialect, layer: Converted, name: str, write: Write
+    naming: Naming, layer: Converted[Any, Any], name: str, write: Write
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of a layer under the names that they have in the library."""
-    name = name.removesuffix(dialect.separator)
-    source = layer.source
-    if source is None or source.dialect.library != dialect.library:
+    name = name.removesuffix(naming.separator)
+    source, old, spellings = layer.source, {}, {}
+    if source is None or source.read.naming.library != naming.library:
         arrays = write(dataclasses.replace(layer, source=None), {})
-        first = {role: dialect.spellings[role][0] for role in arrays}
-        return {dialect.name(first[role], name): a for role, a in arrays.items()}
-    arrays: Mapping[str, np.ndarray] = write(layer, source.arrays)
-    if _same(arrays, source.written):
-        arrays = source.arrays
-    first = {role: dialect.spellings[role][0] for role in arrays}
+    else:
+        old, spellings = source.read.arrays, source.read.spellings
+        arrays = write(layer, old)
+        if _same(arrays, source.written):
+            arrays = old
     names = {
-        role: dialect.name(source.spellings.get(role, first[role]), name) for role in arrays
+        role: naming.name(spellings.get(role, naming.spellings[role][0]), name)
+        for role in arrays
     }
     return {
-        names[role]: _like(names[role], array, source.arrays.get(role))
+        names[role]: _replacing(names[role], old.get(role), array)
         for role, array in arrays.items()
     }
 
@@ -117,8 +122,8 @@ def _same(arrays: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) ->
     )
 
 
-def _like(name: str, array: np.ndarray, source: np.ndarray | None) -> np.ndarray:
-    """Returns the array in the shape and dtype of the one that it replaces."""
+def _replacing(name: str, source: np.ndarray | None, array: np.ndarray) -> np.ndarray:
+    """Returns `array` in the shape and dtype of `source`, which it replaces."""
     if source is None:
         return array
     if array.size != source.size:

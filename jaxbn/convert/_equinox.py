@@ -1,4 +1,4 @@
-"""Equinox: `eqx.nn.BatchNorm`, in both of its modes."""
+"""Converts `eqx.nn.BatchNorm` of Equinox, in both of its modes."""
 
 import functools
 from collections.abc import Mapping
@@ -6,12 +6,12 @@ from typing import Any, get_args
 
 import numpy as np
 
-from jaxbn.convert._array_names import Dialect
+from jaxbn.convert._array_names import Naming
 from jaxbn.convert._converted import Converted, read_one, write_one
-from jaxbn.convert._equinox_arrays import Variance, read_arrays, write_arrays
-from jaxbn.convert._whole_model import Found, find
+from jaxbn.convert._equinox_arrays import Equinox, Variance, read_arrays, write_arrays
+from jaxbn.convert._whole_model import Found, find, with_defaults, with_options_of
 
-_EQUINOX = Dialect(
+_EQUINOX = Naming(
     "Equinox",
     ".",
     {
@@ -24,7 +24,7 @@ _EQUINOX = Dialect(
         "var": ("*.running_var",),
         "first_time": ("*.first_time",),
     },
-    marks=("hidden_mean", "hidden_var", "first_time"),
+    required_roles=("hidden_mean", "hidden_var", "first_time"),
 )
 
 
@@ -35,7 +35,7 @@ def from_equinox(
     momentum: float = 0.99,
     eps: float = 1e-5,
     variance: Variance = "used",
-) -> Converted:
+) -> Equinox:
     r"""Returns a batch norm of Equinox.
 
     The arrays of `eqx.nn.BatchNorm`, taken from the module and from its `State`:
@@ -88,7 +88,7 @@ def from_equinox(
 
 
 def to_equinox(
-    layer: Converted, prefix: str = "", *, variance: Variance = "used"
+    layer: Converted[Any, Any], prefix: str = "", *, variance: Variance = "used"
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of a batch norm of Equinox, under the names of `from_equinox`.
 
@@ -119,20 +119,13 @@ def to_equinox(
     return write_one(_EQUINOX, layer, prefix, _writer(variance))
 
 
-def find_equinox(
-    arrays: Mapping[str, Any],
-    *,
-    momentum: float = 0.99,
-    eps: float = 1e-5,
-    variance: Variance = "used",
-) -> Found:
+@with_options_of(from_equinox)
+def find_equinox(arrays: Mapping[str, Any], **options: Any) -> Found[Equinox]:
     """Returns all batch norms among arrays named as `from_equinox` tells.
 
     Args:
         arrays: The arrays by the names of modules.
-        momentum: As `from_equinox`, for all of them.
-        eps: As `from_equinox`, for all of them.
-        variance: As `from_equinox`, for all of them.
+        **options: The keywords of `from_equinox`, for all of them.
 
     Returns:
         A `Found`.
@@ -146,7 +139,8 @@ def find_equinox(
         >>> len(convert.find_equinox({"norm.weight": np.ones(3)}).layers)
         0
     """
-    return find(_EQUINOX, arrays, _reader(momentum, eps, variance), _writer(variance))
+    options = with_defaults(from_equinox, options)
+    return find(_EQUINOX, arrays, _reader(**options), _writer(options["variance"]))
 
 
 def _reader(momentum: float, eps: float, variance: Variance) -> Any:

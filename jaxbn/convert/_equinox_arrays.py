@@ -1,4 +1,4 @@
-"""What the buffers of Equinox's batch norm mean, in both of its modes."""
+"""Computes running statistics from the buffers of Equinox's batch norm, and back."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
@@ -8,29 +8,32 @@ import numpy as np
 from jaxbn._dtypes import at_least_float32
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.ema_batch_norm import EmaBatchNorm
-from jaxbn._state import BatchNormParams, BatchStats
-from jaxbn.convert._array_names import Part
+from jaxbn._state import BatchStats
+from jaxbn.convert._array_names import LayerArrays
 from jaxbn.convert._arrays import (
-    Values,
     checked,
     per_feature,
     plain,
-    to_params,
+    share,
+    steps_of,
+    to_layer,
     to_stats,
 )
 from jaxbn.convert._converted import Converted
-from jaxbn.convert._debias import share, steps_of
 
 Variance: TypeAlias = Literal["used", "intended"]
+Equinox: TypeAlias = Converted[BatchNorm, BatchStats] | Converted[EmaBatchNorm, BatchStats]
 
 
-def read_arrays(part: Part, *, momentum: float, eps: float, variance: Variance) -> Values:
+def read_arrays(
+    found: LayerArrays, *, momentum: float, eps: float, variance: Variance
+) -> Equinox:
     """Returns the layer of either mode, which the names tell."""
-    if "first_time" in part.arrays:
-        return _read_ema(part, momentum, eps)
-    part.require("hidden_mean", "hidden_var")
-    read = checked(part, ("scale", "bias", "hidden_mean", "hidden_var"))
-    steps = part.count("counter")
+    if "first_time" in found.arrays:
+        return _read_ema(found, momentum, eps)
+    found.require("hidden_mean", "hidden_var")
+    read = checked(found, ("scale", "bias", "hidden_mean", "hidden_var"))
+    steps = found.count("counter")
     weight = share(momentum, steps)
     mean, var = (
         array.astype(at_least_float32(array.dtype))
@@ -43,64 +46,51 @@ def read_arrays(part: Part, *, momentum: float, eps: float, variance: Variance) 
         else:
             notes += ("has seen no batch; to train on as Equinox, read it as intended",)
     elif variance == "intended":
-        var = _intended(part, var, 1 - weight)
+        var = _intended(found, var, 1 - weight)
     if steps:
         mean, var = mean / mean.dtype.type(weight), var / var.dtype.type(weight)
     values = to_stats(mean, var, np.full(read.features, weight))
-    params, fields = _settings(read, momentum, eps)
-    bn = BatchNorm(**fields, debias=True)
-    return Values(bn, params, BatchStats(*values), notes)
+    bn, params = to_layer(read, feature_axes=1, momentum=momentum, epsilon=eps, debias=True)
+    return Converted(bn, params, BatchStats(*values), notes)
 
 
-def _intended(part: Part, hidden: np.ndarray, start: Any) -> np.ndarray:
+def _intended(found: LayerArrays, hidden: np.ndarray, start: Any) -> np.ndarray:
     """Returns the hidden variance without what is left of the 1 that it started at."""
     rest = hidden - hidden.dtype.type(start)
     if (rest < -1e-5).any():
         raise ValueError(
-            f"{part.names['hidden_var']} is below momentum^counter = {start:.6g}, and "
+            f"{found.names['hidden_var']} is below momentum^counter = {start:.6g}, and "
             "cannot have started at 1. Pass the momentum that the module was made with, or "
             'variance="used".'
         )
     return np.maximum(rest, 0)
 
 
-def _read_ema(part: Part, momentum: float, eps: float) -> Values:
-    first_time = bool(part.count("first_time"))
+def _read_ema(
+    found: LayerArrays, momentum: float, eps: float
+) -> Converted[EmaBatchNorm, BatchStats]:
+    first_time = bool(found.count("first_time"))
     roles = ("scale", "bias")
     if not first_time:
-        # Before the first batch they are memory that nothing was written to.
-        part.require("mean", "var")
+        # Before the first batch Equinox leaves both buffers uninitialized.
+        found.require("mean", "var")
         roles += ("mean", "var")
-    read = checked(part, roles)
-    features = read.features or part.need("mean").shape
+    read = checked(found, roles)
+    features = read.features or found.need("mean").shape
     arrays = {"mean": np.zeros(features, "f"), "var": np.ones(features, "f"), **read.arrays}
     full = read._replace(arrays=arrays, features=features)
     weight = np.full(features, 0 if first_time else 1, np.float32)
     values = to_stats(arrays["mean"], arrays["var"], weight)
-    params, fields = _settings(full, momentum, eps)
-    bn = EmaBatchNorm(BatchNorm(**fields))
-    return Values(bn, params, BatchStats(*values), read.notes)
-
-
-def _settings(read: Any, momentum: float, eps: float) -> tuple[BatchNormParams, dict]:
-    params, param_dtype = to_params(read)
-    return params, {
-        "feature_axes": 1,
-        "momentum": momentum,
-        "epsilon": eps,
-        "use_scale": params.scale is not None,
-        "use_bias": params.bias is not None,
-        "param_dtype": param_dtype,
-    }
+    bn, params = to_layer(full, feature_axes=1, momentum=momentum, epsilon=eps)
+    return Converted(EmaBatchNorm(bn), params, BatchStats(*values), read.notes)
 
 
 def write_arrays(
-    layer: Converted, kept: Mapping[str, np.ndarray], *, variance: Variance
+    layer: Equinox, kept: Mapping[str, np.ndarray], *, variance: Variance
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of either mode, which the kind of the layer tells."""
     state = layer.state
     if isinstance(layer.bn, EmaBatchNorm):
-        assert isinstance(state, BatchStats)
         assert state.weight is not None
         arrays = per_feature(layer.params, mean=state.mean, var=state.var)
         return {**arrays, "first_time": np.asarray(not np.max(state.weight) > 0)}

@@ -1,4 +1,4 @@
-"""Files of named arrays: read so that nothing in them can run, written all or nothing."""
+"""Reads checkpoints of every format without executing them, and writes named arrays."""
 
 import contextlib
 import os
@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxbn.convert._npz import read_npz, write_npz
+from jaxbn.convert._orbax import read_orbax
 from jaxbn.convert._safetensors import read_safetensors, write_safetensors
 from jaxbn.convert._torch_file import read_torch
 
@@ -29,29 +30,30 @@ class CheckpointError(ValueError):
 
     Example:
         >>> from jaxbn import convert
-        >>> convert.load("model.pickle")
+        >>> convert.save("model.pickle", {})
         Traceback (most recent call last):
-        jaxbn.convert._files.CheckpointError: model.pickle has no known format, ...
+        jaxbn.convert.CheckpointError: model.pickle has no known format, ...
     """
 
 
-def load(path: str | os.PathLike, *, max_bytes: int | None = None) -> dict[str, np.ndarray]:
+def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> dict[str, Any]:
     """Returns the arrays of a checkpoint by their names.
 
     A `.safetensors` file is read by the package safetensors, bfloat16 and float8 included;
     an `.npz` file without pickle; a `.pth`, `.pt` or `.bin` file by
     `torch.load(weights_only=True)` where PyTorch is installed, the dicts and lists in it
-    flattened into names with dots and what is not a tensor left out. Nothing in the file
-    is ever executed.
+    flattened into names with dots and what is not a tensor left out. A folder is read by
+    Orbax, of several steps the last. Nothing in a file is ever executed.
 
     Args:
-        path: The file.
+        path: The file, or the folder that Orbax wrote.
         max_bytes: How many bytes of arrays the file may hold, so that a small file cannot
             ask for all memory; None for 1 GiB, or 20 times the size of the file if that
-            is more.
+            is more, and for no limit on a folder.
 
     Returns:
-        A dict from name to array, in the dtypes of the file.
+        A dict from name to array, in the dtypes of the file; of a folder, dicts nested as
+        they were saved, which the functions of this package take as well.
 
     Raises:
         CheckpointError: A `ValueError`, with the file and the reason: an unknown format;
@@ -70,6 +72,13 @@ def load(path: str | os.PathLike, *, max_bytes: int | None = None) -> dict[str, 
         {'bn/scale': array([1., 1., 1.])}
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist. Name a file or an Orbax folder.")
+    if path.is_dir():
+        try:
+            return read_orbax(path, max_bytes)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
     read = _of_format(path, _READERS)
     with path.open("rb") as file:
         limit = max_bytes
@@ -79,7 +88,7 @@ def load(path: str | os.PathLike, *, max_bytes: int | None = None) -> dict[str, 
             return read(file, limit)
         except (ImportError, MemoryError):
             raise
-        # A parser that meets a hostile file may fail in any way.
+        # A parser may raise any exception on a hostile file.
         except Exception as error:
             raise CheckpointError(
                 f"{path} cannot be read as {path.suffix}: {_reason(error)}. Nothing of it "
@@ -87,7 +96,7 @@ def load(path: str | os.PathLike, *, max_bytes: int | None = None) -> dict[str, 
             ) from error
 
 
-def save(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
+def save(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     """Writes arrays under their names to a `.safetensors` or an `.npz` file.
 
     All or nothing: the file is written beside `path` and then takes its place, so that a

@@ -1,5 +1,6 @@
-"""Flax: `linen.BatchNorm` in variables trees, and `nnx.BatchNorm` in pure dicts."""
+"""Converts Flax: `linen.BatchNorm` in variables, and `nnx.BatchNorm` in pure dicts."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -7,21 +8,15 @@ from typing import Any
 import numpy as np
 
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._norm_names import FLAX
 from jaxbn._state import BatchStats
 from jaxbn._typing import Axes, DTypeLike
-from jaxbn.convert._array_names import Dialect, Part
-from jaxbn.convert._arrays import (
-    Values,
-    checked,
-    per_feature,
-    plain,
-    to_params,
-    to_stats,
-)
+from jaxbn.convert._array_names import LayerArrays, Naming
+from jaxbn.convert._arrays import checked, per_feature, plain, to_layer, to_stats
 from jaxbn.convert._converted import Converted, nested, read_one, write_one
-from jaxbn.convert._whole_model import Found, find
+from jaxbn.convert._whole_model import Found, find, with_defaults, with_options_of
 
-_LINEN = Dialect(
+_LINEN = Naming(
     "Flax linen",
     "/",
     {
@@ -31,9 +26,7 @@ _LINEN = Dialect(
         "var": ("batch_stats/*/var",),
     },
 )
-_NNX = Dialect(
-    "Flax NNX", "/", {role: (f"*/{role}",) for role in ("scale", "bias", "mean", "var")}
-)
+_NNX = Naming("Flax NNX", "/", {role: (f"*/{name}",) for role, name in FLAX.items()})
 
 
 def from_flax(
@@ -44,7 +37,7 @@ def from_flax(
     epsilon: float = 1e-5,
     axis: Axes = -1,
     dtype: DTypeLike | None = None,
-) -> Converted:
+) -> Converted[BatchNorm, BatchStats]:
     """Returns a batch norm of Flax.
 
     Args:
@@ -78,11 +71,15 @@ def from_flax(
     Differs from the module in the variance, which is exact here and E[x^2] - E[x]^2 there
     unless `use_fast_variance=False`.
     """
-    read = _reader(momentum, epsilon, axis, dtype)
-    return read_one(_dialect(arrays), arrays, prefix, read, _write)
+    read = functools.partial(
+        _read, momentum=momentum, epsilon=epsilon, axis=axis, dtype=dtype
+    )
+    return read_one(_naming(arrays), arrays, prefix, read, _write)
 
 
-def to_flax(layer: Converted, prefix: str = "", *, nnx: bool = False) -> dict[str, Any]:
+def to_flax(
+    layer: Converted[Any, Any], prefix: str = "", *, nnx: bool = False
+) -> dict[str, Any]:
     """Returns the entries of a batch norm in the variables of Flax.
 
     Flax tracks the biased variance and debiases nothing.
@@ -110,22 +107,15 @@ def to_flax(layer: Converted, prefix: str = "", *, nnx: bool = False) -> dict[st
     return nested(write_one(_NNX if nnx else _LINEN, layer, prefix, _write), "/")
 
 
+@with_options_of(from_flax)
 def find_flax(
-    arrays: Mapping[str, Any],
-    *,
-    momentum: float = 0.99,
-    epsilon: float = 1e-5,
-    axis: Axes = -1,
-    dtype: DTypeLike | None = None,
-) -> Found:
+    arrays: Mapping[str, Any], **options: Any
+) -> Found[Converted[BatchNorm, BatchStats]]:
     """Returns all batch norms of a Flax model.
 
     Args:
         arrays: As `from_flax`.
-        momentum: As `from_flax`, for all of them.
-        epsilon: As `from_flax`, for all of them.
-        axis: As `from_flax`, for all of them.
-        dtype: As `from_flax`, for all of them.
+        **options: The keywords of `from_flax`, for all of them.
 
     Returns:
         A `Found`.
@@ -142,38 +132,33 @@ def find_flax(
         >>> list(found.layers), found.layers["layers/0/norm"].bn.use_bias
         (['layers/0/norm'], False)
     """
-    return find(_dialect(arrays), arrays, _reader(momentum, epsilon, axis, dtype), _write)
+    read = functools.partial(_read, **with_defaults(from_flax, options))
+    return find(_naming(arrays), arrays, read, _write)
 
 
-def _dialect(arrays: Mapping[str, Any]) -> Dialect:
+def _naming(arrays: Mapping[str, Any]) -> Naming:
     is_linen = any(str(name).split("/")[0] == "batch_stats" for name in arrays)
     return _LINEN if is_linen else _NNX
 
 
-def _reader(momentum: float, epsilon: float, axis: Axes, dtype: DTypeLike | None) -> Any:
-    return functools.partial(
-        _read, momentum=momentum, epsilon=epsilon, axis=axis, dtype=dtype
-    )
-
-
 def _read(
-    part: Part, *, momentum: float, epsilon: float, axis: Axes, dtype: DTypeLike | None
-) -> Values:
-    part.require("mean", "var")
-    read = checked(part, ("scale", "bias", "mean", "var"))
-    params, param_dtype = to_params(read)
+    found: LayerArrays,
+    *,
+    momentum: float,
+    epsilon: float,
+    axis: Axes,
+    dtype: DTypeLike | None,
+) -> Converted[BatchNorm, BatchStats]:
+    found.require("mean", "var")
+    read = checked(found, ("scale", "bias", "mean", "var"))
     mean, var = to_stats(read.arrays["mean"], read.arrays["var"])
+    bn, params = to_layer(read, feature_axes=axis, momentum=momentum, epsilon=epsilon)
     has_params = params.scale is not None or params.bias is not None
-    bn = BatchNorm(
-        feature_axes=axis,
-        momentum=momentum,
-        epsilon=epsilon,
-        use_scale=params.scale is not None,
-        use_bias=params.bias is not None,
-        dtype=param_dtype if dtype is None and has_params else dtype,
-        param_dtype=param_dtype,
+    bn = dataclasses.replace(
+        bn, dtype=bn.param_dtype if dtype is None and has_params else dtype
     )
-    return Values(bn, params, BatchStats(mean, var), read.notes + _stacked(bn, mean.ndim))
+    notes = read.notes + _stacked(bn, mean.ndim)
+    return Converted(bn, params, BatchStats(mean, var), notes)
 
 
 def _stacked(bn: BatchNorm, ndim: int) -> tuple[str, ...]:
@@ -183,6 +168,8 @@ def _stacked(bn: BatchNorm, ndim: int) -> tuple[str, ...]:
     return (f"{ndim} axes for {axes} feature axes: layers stacked by scan or vmap?",)
 
 
-def _write(layer: Converted, kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _write(
+    layer: Converted[BatchNorm, BatchStats], kept: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     plain(layer.bn, "Flax")
     return per_feature(layer.params, mean=layer.state.mean, var=layer.state.var)

@@ -1,40 +1,38 @@
-"""Haiku: `hk.BatchNorm`, with its parameters and its zero-debiased averages."""
+"""Converts `hk.BatchNorm` of Haiku: its params and its zero-debiased averages."""
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._norm_names import HAIKU
 from jaxbn._state import BatchStats
 from jaxbn._typing import Axes
-from jaxbn.convert._array_names import Dialect, Part
+from jaxbn.convert._array_names import LayerArrays, Naming
 from jaxbn.convert._arrays import (
-    Values,
     checked,
     expanded,
     per_feature,
     plain,
-    to_params,
+    share,
+    steps_of,
+    to_layer,
     to_stats,
 )
 from jaxbn.convert._converted import Converted, read_one, write_one
-from jaxbn.convert._debias import share, steps_of
-from jaxbn.convert._whole_model import Found, find
+from jaxbn.convert._whole_model import Found, find, with_defaults, with_options_of
 
 _AVERAGES = {
-    f"{role}{kind}": (f"state/*/~/{of}_ema/{name}",)
-    for of, role in (("mean", "mean"), ("var", "var"))
+    f"{role}{kind}": (f"state/*/~/{role}_ema/{name}",)
+    for role in ("mean", "var")
     for name, kind in (("average", ""), ("hidden", "_hidden"), ("counter", "_counter"))
 }
-_HAIKU = Dialect(
-    "Haiku",
-    "/",
-    {"scale": ("params/*/scale",), "bias": ("params/*/offset",), **_AVERAGES},
-)
-_LAST = ("channels_last", "N...C")
-_FIRST = ("channels_first", "NC...")
+_PARAMS = {role: (f"params/*/{HAIKU[role]}",) for role in ("scale", "bias")}
+_HAIKU = Naming("Haiku", "/", _PARAMS | _AVERAGES)
+
+DataFormat: TypeAlias = Literal["channels_last", "channels_first", "N...C", "NC..."]
 
 
 def from_haiku(
@@ -44,8 +42,8 @@ def from_haiku(
     decay_rate: float,
     eps: float = 1e-5,
     axis: Sequence[int] | None = None,
-    data_format: str = "channels_last",
-) -> Converted:
+    data_format: DataFormat = "channels_last",
+) -> Converted[BatchNorm, BatchStats]:
     """Returns a batch norm of Haiku's params and state.
 
     `bn` debiases, and the state holds the average with the share of it that the counter
@@ -89,7 +87,7 @@ def from_haiku(
 
 
 def to_haiku(
-    layer: Converted, prefix: str = "", *, ndim: int | None = None
+    layer: Converted[Any, Any], prefix: str = "", *, ndim: int | None = None
 ) -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """Returns the entries of a batch norm in Haiku's params and state.
 
@@ -128,22 +126,15 @@ def to_haiku(
     return trees
 
 
+@with_options_of(from_haiku)
 def find_haiku(
-    arrays: Mapping[str, Any],
-    *,
-    decay_rate: float,
-    eps: float = 1e-5,
-    axis: Sequence[int] | None = None,
-    data_format: str = "channels_last",
-) -> Found:
+    arrays: Mapping[str, Any], **options: Any
+) -> Found[Converted[BatchNorm, BatchStats]]:
     """Returns all batch norms of Haiku's params and state.
 
     Args:
         arrays: `{"params": params, "state": state}`.
-        decay_rate: As `from_haiku`, for all of them.
-        eps: As `from_haiku`, for all of them.
-        axis: As `from_haiku`, for all of them.
-        data_format: As `from_haiku`, for all of them.
+        **options: The keywords of `from_haiku`, for all of them.
 
     Returns:
         A `Found`.
@@ -157,59 +148,56 @@ def find_haiku(
         >>> len(convert.find_haiku(trees, decay_rate=0.9).layers)
         0
     """
-    return find(_HAIKU, arrays, _reader(decay_rate, eps, axis, data_format), _write)
+    return find(_HAIKU, arrays, _reader(**with_defaults(from_haiku, options)), _write)
 
 
 def _reader(
-    decay_rate: float, eps: float, axis: Sequence[int] | None, data_format: str
+    decay_rate: float, eps: float, axis: Sequence[int] | None, data_format: DataFormat
 ) -> Any:
-    if data_format not in _LAST + _FIRST:
+    known = get_args(DataFormat)
+    if data_format not in known:
         raise ValueError(
-            f"data_format must be one of {_LAST + _FIRST}, got {data_format!r}. Pass the "
-            "one that the module was made with."
+            f"data_format must be one of {known}, got {data_format!r}. Pass the one that "
+            "the module was made with."
         )
-    channels = 1 if data_format in _FIRST else -1
+    channels = 1 if data_format in ("channels_first", "NC...") else -1
     return functools.partial(_read, decay=decay_rate, eps=eps, axis=axis, channels=channels)
 
 
 def _read(
-    part: Part, *, decay: float, eps: float, axis: Sequence[int] | None, channels: int
-) -> Values:
-    ndim = part.need("mean").ndim
+    found: LayerArrays,
+    *,
+    decay: float,
+    eps: float,
+    axis: Sequence[int] | None,
+    channels: int,
+) -> Converted[BatchNorm, BatchStats]:
+    ndim = found.need("mean").ndim
     axes: Axes = channels
     if axis is not None:
         reduced = {a % ndim for a in axis}
         axes = tuple(a for a in range(ndim) if a not in reduced)
-    part.require("var", "mean_hidden", "var_hidden")
+    found.require("var", "mean_hidden", "var_hidden")
     roles = ("scale", "bias", "mean", "var", "mean_hidden", "var_hidden")
-    read = checked(part, roles, axes)
-    steps = part.count("mean_counter")
-    if part.count("var_counter") != steps:
+    read = checked(found, roles, axes)
+    steps, also = found.count("mean_counter"), found.count("var_counter")
+    if also != steps:
         raise ValueError(
-            f"{part.names['mean_counter']} is {steps}, but {part.names['var_counter']} is "
-            f"{part.count('var_counter')}. Both count the same batches."
+            f"{found.names['mean_counter']} is {steps}, but {found.names['var_counter']} "
+            f"is {also}. Both count the same batches."
         )
     weight = share(decay, steps)
     for role in ("mean", "var"):
-        _check_decay(part, role, read.arrays, weight, decay, steps)
-    params, param_dtype = to_params(read)
+        _check_decay(found, role, read.arrays, weight, decay, steps)
     mean, var, seen = to_stats(
         read.arrays["mean"], read.arrays["var"], np.full(read.features, weight)
     )
-    bn = BatchNorm(
-        feature_axes=axes,
-        momentum=decay,
-        epsilon=eps,
-        debias=True,
-        use_scale=params.scale is not None,
-        use_bias=params.bias is not None,
-        param_dtype=param_dtype,
-    )
-    return Values(bn, params, BatchStats(mean, var, seen), read.notes)
+    bn, params = to_layer(read, feature_axes=axes, momentum=decay, epsilon=eps, debias=True)
+    return Converted(bn, params, BatchStats(mean, var, seen), read.notes)
 
 
 def _check_decay(
-    part: Part,
+    found: LayerArrays,
     role: str,
     arrays: Mapping[str, np.ndarray],
     weight: Any,
@@ -219,10 +207,10 @@ def _check_decay(
     """Raises unless what is stored twice agrees, which it does only for the right decay."""
     average, hidden = (arrays[r].astype(np.float64) for r in (role, f"{role}_hidden"))
     rounding = 16 * float(np.finfo(np.float32).eps)
-    if part.need(role).dtype.itemsize < 4:
+    if found.need(role).dtype.itemsize < 4:
         rounding = 0.05
     if not np.allclose(average * float(weight), hidden, rtol=rounding, atol=rounding):
-        name = part.names[f"{role}_hidden"]
+        name = found.names[f"{role}_hidden"]
         raise ValueError(
             f"{name} does not fit the average: with decay_rate={decay} and {steps} steps "
             f"it would be {float(weight):.6g} of it. Pass the decay_rate that the module "
@@ -231,7 +219,9 @@ def _check_decay(
 
 
 def _write(
-    layer: Converted, kept: Mapping[str, np.ndarray], ndim: int | None = None
+    layer: Converted[BatchNorm, BatchStats],
+    kept: Mapping[str, np.ndarray],
+    ndim: int | None = None,
 ) -> dict[str, np.ndarray]:
     bn, state = plain(layer.bn, "Haiku"), layer.state
     counted = int(kept["mean_counter"].reshape(())) if "mean_counter" in kept else None

@@ -1,4 +1,4 @@
-"""Keras 3 and tf.keras: `BatchNormalization`, by the paths of its variables."""
+"""Converts `BatchNormalization` of Keras 3 and tf.keras by the paths of its variables."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn._norm_names import TENSORFLOW
 from jaxbn._typing import DTypeLike
-from jaxbn.convert._array_names import Dialect
+from jaxbn.convert._array_names import Naming
 from jaxbn.convert._converted import Converted, read_one, write_one
-from jaxbn.convert._tf_variables import NAMES, read_variables, write_variables
-from jaxbn.convert._whole_model import Found, find
+from jaxbn.convert._tf_variables import TensorFlow, read_variables, write_variables
+from jaxbn.convert._whole_model import Found, find, with_defaults, with_options_of
 
-_KERAS = Dialect(
-    "Keras", "/", {role: (f"*/{name}", f"*/{name}:0") for role, name in NAMES.items()}
+_KERAS = Naming(
+    "Keras", "/", {role: (f"*/{name}", f"*/{name}:0") for role, name in TENSORFLOW.items()}
 )
 
 
@@ -28,7 +29,7 @@ def from_keras(
     renorm_momentum: float = 0.99,
     renorm_clipping: Mapping[str, float] | None = None,
     dtype: DTypeLike | None = "float32",
-) -> Converted:
+) -> TensorFlow:
     """Returns a batch norm of Keras.
 
     Args:
@@ -78,7 +79,7 @@ def from_keras(
 
 
 def to_keras(
-    layer: Converted, prefix: str = "", *, ndim: int | None = None
+    layer: Converted[Any, Any], prefix: str = "", *, ndim: int | None = None
 ) -> dict[str, np.ndarray]:
     """Returns the variables of a batch norm of Keras by their paths.
 
@@ -107,28 +108,13 @@ def to_keras(
     return write_one(_KERAS, layer, prefix, write)
 
 
-def find_keras(
-    arrays: Mapping[str, Any],
-    *,
-    axis: int | Sequence[int] = -1,
-    momentum: float = 0.99,
-    epsilon: float = 1e-3,
-    fused: bool = False,
-    renorm_momentum: float = 0.99,
-    renorm_clipping: Mapping[str, float] | None = None,
-    dtype: DTypeLike | None = "float32",
-) -> Found:
+@with_options_of(from_keras)
+def find_keras(arrays: Mapping[str, Any], **options: Any) -> Found[TensorFlow]:
     """Returns all batch norms of a Keras model.
 
     Args:
         arrays: As `from_keras`.
-        axis: As `from_keras`, for all of them; likewise the others.
-        momentum: As the layers were made with.
-        epsilon: As the layers were made with.
-        fused: As `from_keras`.
-        renorm_momentum: As the layers were made with.
-        renorm_clipping: As the layers were made with.
-        dtype: As `from_keras`.
+        **options: The keywords of `from_keras`, for all of them.
 
     Returns:
         A `Found`.
@@ -142,14 +128,5 @@ def find_keras(
         >>> len(convert.find_keras({"dense/kernel": np.ones((2, 2))}).layers)
         0
     """
-    read = functools.partial(
-        read_variables,
-        axis=axis,
-        momentum=momentum,
-        epsilon=epsilon,
-        fused=fused,
-        renorm_momentum=renorm_momentum,
-        renorm_clipping=renorm_clipping,
-        dtype=dtype,
-    )
+    read = functools.partial(read_variables, **with_defaults(from_keras, options))
     return find(_KERAS, arrays, read, write_variables)

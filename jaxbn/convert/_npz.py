@@ -1,4 +1,4 @@
-"""The .npz format, a zip of .npy members: arrays of numbers only, and never a pickle."""
+"""Reads and writes .npz files: zips of .npy arrays of numbers, and never a pickle."""
 
 import io
 import math
@@ -40,19 +40,19 @@ def _array(name: str, content: bytes) -> np.ndarray:
         version = npy.read_magic(buffer)
         if version not in _HEADERS:
             raise ValueError(f"format version {version} is that of structured arrays")
-        shape, fortran, dtype = _HEADERS[version](buffer)
+        shape, _, dtype = _HEADERS[version](buffer)
     except Exception as error:
         raise ValueError(f"the header of {name!r} is broken ({error})") from error
     check_numbers(name, dtype)
-    start, count = buffer.tell(), math.prod(shape)
-    if min(shape, default=0) < 0 or count * dtype.itemsize != len(content) - start:
+    # Checked first, since NumPy allocates as much memory as the header asks for.
+    size = len(content) - buffer.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size:
         raise ValueError(
-            f"{name!r} of shape {shape} and dtype {dtype} does not fit its "
-            f"{len(content) - start} bytes"
+            f"{name!r} of shape {shape} and dtype {dtype} does not fit its {size} bytes"
         )
-    array = np.frombuffer(content, dtype, count, start)
-    array = array.reshape(shape, order="F" if fortran else "C")
-    return array.astype(dtype.newbyteorder("="))
+    buffer.seek(0)
+    array = npy.read_array(buffer, allow_pickle=False)
+    return array.astype(dtype.newbyteorder("="), copy=False)
 
 
 def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:

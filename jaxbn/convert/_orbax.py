@@ -1,36 +1,18 @@
-"""Reads the arrays of a checkpoint, whichever of the formats it is in."""
+"""Reads the folders that Orbax writes, as NumPy arrays."""
 
-from os import PathLike
+import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxbn._typing import PyTree
 
-
-def read_checkpoint(path: str | PathLike[str]) -> PyTree:
-    """Returns the arrays of a file, or of a folder that Orbax wrote.
+def read_orbax(path: Path, max_bytes: int | None) -> Any:
+    """Returns the arrays of a folder in the tree that was saved, or raises.
 
     Of a folder with the checkpoints of several steps, the last is read.
-
-    Raises:
-        ImportError: The package of the format is not installed.
-        OSError: There is no such file, or it cannot be read.
-        ValueError: The content is not that of a checkpoint.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist. Name a file or an Orbax folder.")
-    if path.is_dir():
-        return _read_orbax(path)
-    # Here, since a checkpoint of Orbax needs nothing of it.
-    from jaxbn.convert._files import load
-
-    return load(path)
-
-
-def _read_orbax(path: Path) -> PyTree:
     try:
         import orbax.checkpoint as ocp
     except ImportError as error:
@@ -38,30 +20,48 @@ def _read_orbax(path: Path) -> PyTree:
             f"{path} is a folder, which Orbax reads, and Orbax is not installed. Run "
             "pip install orbax-checkpoint."
         ) from error
-    steps = [child for child in path.iterdir() if child.is_dir() and child.name.isdecimal()]
-    if steps:
-        path = max(steps, key=lambda child: int(child.name))
-    # What a manager saved together lies in folders of its own.
-    items = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
-    item = next((each for each in items if (each / "_METADATA").exists()), None)
-    if item is None:
-        raise ValueError(
-            f"{path} holds no checkpoint of Orbax: there is no _METADATA. Name the folder "
-            "that the checkpointer was given."
-        )
+    item = _item(path)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             saved = checkpointer.metadata(item.resolve()).item_metadata
-            # As NumPy arrays, whatever devices they were saved from.
-            as_numpy = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved
-            )
-            return checkpointer.restore(item.resolve(), restore_args=as_numpy)
+            size = _size(saved)
+            if max_bytes is None or size <= max_bytes:
+                # NumPy arrays, since the devices they were saved from may not be here.
+                as_numpy = jax.tree.map(
+                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved
+                )
+                return checkpointer.restore(item.resolve(), restore_args=as_numpy)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a damaged file makes of its reader
         raise ValueError(
             f"{item} cannot be read by Orbax: {_first_line(error)}. It is damaged or not "
             "complete; take an older checkpoint."
         ) from error
+    raise ValueError(
+        f"{item} holds {size} bytes of arrays, more than max_bytes={max_bytes}. Raise the "
+        "limit if you trust it."
+    )
+
+
+def _item(path: Path) -> Path:
+    """Returns the folder of the arrays in that of a checkpoint or of several steps."""
+    steps = [child for child in path.iterdir() if child.is_dir() and child.name.isdecimal()]
+    if steps:
+        path = max(steps, key=lambda child: int(child.name))
+    # A CheckpointManager saves each item in a folder below that of the step.
+    for item in [path, *sorted(child for child in path.iterdir() if child.is_dir())]:
+        if (item / "_METADATA").exists():
+            return item
+    raise ValueError(
+        f"{path} holds no checkpoint of Orbax: there is no _METADATA. Name the folder "
+        "that the checkpointer was given."
+    )
+
+
+def _size(saved: Any) -> int:
+    arrays = [leaf for leaf in jax.tree.leaves(saved) if hasattr(leaf, "shape")]
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in arrays)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The .safetensors format, with the dtypes that NumPy has only through JAX."""
+"""Reads and writes .safetensors files, bfloat16 and float8 included."""
 
 import json
 from collections.abc import Mapping

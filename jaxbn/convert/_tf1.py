@@ -1,4 +1,4 @@
-"""TensorFlow 1: the variables of `tf.layers` and `tf.contrib.layers` in a checkpoint."""
+"""Converts the variables of TensorFlow 1's `tf.layers` and `tf.contrib.layers`."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -6,20 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn.convert._array_names import Dialect
+from jaxbn._norm_names import TENSORFLOW
+from jaxbn.convert._array_names import Naming
 from jaxbn.convert._converted import Converted, read_one, write_one
-from jaxbn.convert._tf_variables import NAMES, read_variables, write_variables
-from jaxbn.convert._whole_model import Found, find
+from jaxbn.convert._tf_variables import TensorFlow, read_variables, write_variables
+from jaxbn.convert._whole_model import Found, find, with_defaults, with_options_of
 
 _SHADOW = "/ExponentialMovingAverage"
 _SPELLINGS: dict[str, tuple[str, ...]] = {
-    **{role: (f"*/{name}", f"*/{name}:0") for role, name in NAMES.items()},
+    **{role: (f"*/{name}", f"*/{name}:0") for role, name in TENSORFLOW.items()},
     "biased": ("*/moving_mean/biased",),
     "local_step": ("*/moving_mean/local_step",),
     "old_renorm": ("*/renorm_mean_weight", "*/renorm_stddev_weight"),
 }
-_TF1 = Dialect("TensorFlow 1", "/", _SPELLINGS)
-_AVERAGED = Dialect(
+_TF1 = Naming("TensorFlow 1", "/", _SPELLINGS)
+_AVERAGED = Naming(
     "TensorFlow 1",
     "/",
     {role: (texts[0] + _SHADOW, *texts) for role, texts in _SPELLINGS.items()},
@@ -37,7 +38,7 @@ def from_tf1(
     renorm_momentum: float = 0.99,
     renorm_clipping: Mapping[str, float] | None = None,
     averages: bool = False,
-) -> Converted:
+) -> TensorFlow:
     """Returns a batch norm of a TensorFlow 1 checkpoint.
 
     Args:
@@ -84,12 +85,12 @@ def from_tf1(
         renorm_momentum=renorm_momentum,
         renorm_clipping=renorm_clipping,
     )
-    dialect = _AVERAGED if averages else _TF1
-    return read_one(dialect, arrays, prefix, read, write_variables)
+    naming = _AVERAGED if averages else _TF1
+    return read_one(naming, arrays, prefix, read, write_variables)
 
 
 def to_tf1(
-    layer: Converted, prefix: str = "", *, ndim: int | None = None
+    layer: Converted[Any, Any], prefix: str = "", *, ndim: int | None = None
 ) -> dict[str, np.ndarray]:
     """Returns the variables of a batch norm of TensorFlow 1 by their names.
 
@@ -115,30 +116,15 @@ def to_tf1(
     return write_one(_TF1, layer, prefix, functools.partial(write_variables, ndim=ndim))
 
 
-def find_tf1(
-    arrays: Mapping[str, Any],
-    *,
-    axis: int | Sequence[int] = -1,
-    momentum: float = 0.99,
-    epsilon: float = 1e-3,
-    fused: bool = True,
-    renorm_momentum: float = 0.99,
-    renorm_clipping: Mapping[str, float] | None = None,
-    averages: bool = False,
-) -> Found:
+@with_options_of(from_tf1)
+def find_tf1(arrays: Mapping[str, Any], **options: Any) -> Found[TensorFlow]:
     """Returns all batch norms of a TensorFlow 1 checkpoint.
 
     The slots of optimizers and, unless asked for, the shadows of averages are left.
 
     Args:
         arrays: As `from_tf1`.
-        axis: As `from_tf1`, for all of them; likewise the others.
-        momentum: As the layers were made with.
-        epsilon: As the layers were made with.
-        fused: As `from_tf1`.
-        renorm_momentum: As the layers were made with.
-        renorm_clipping: As the layers were made with.
-        averages: As `from_tf1`.
+        **options: The keywords of `from_tf1`, for all of them.
 
     Returns:
         A `Found`.
@@ -153,13 +139,8 @@ def find_tf1(
         >>> convert.find_tf1(bn | {"bn/gamma/Adam": np.zeros(3)}).left
         ('bn/gamma/Adam',)
     """
-    read = functools.partial(
-        read_variables,
-        axis=axis,
-        momentum=momentum,
-        epsilon=epsilon,
-        fused=fused,
-        renorm_momentum=renorm_momentum,
-        renorm_clipping=renorm_clipping,
+    options = with_defaults(from_tf1, options)
+    naming = _AVERAGED if options.pop("averages") else _TF1
+    return find(
+        naming, arrays, functools.partial(read_variables, **options), write_variables
     )
-    return find(_AVERAGED if averages else _TF1, arrays, read, write_variables)

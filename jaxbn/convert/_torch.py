@@ -1,4 +1,4 @@
-"""PyTorch: `torch.nn.BatchNorm1d`, `2d`, `3d`, `SyncBatchNorm`, and their state dicts."""
+"""Converts `BatchNorm1d`, `2d`, `3d` and `SyncBatchNorm` in state dicts of PyTorch."""
 
 import functools
 from collections.abc import Mapping
@@ -7,29 +7,17 @@ from typing import Any
 import numpy as np
 
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._norm_names import TORCH
 from jaxbn._state import BatchStats
-from jaxbn.convert._array_names import Dialect, Part
-from jaxbn.convert._arrays import (
-    Values,
-    checked,
-    per_feature,
-    plain,
-    to_params,
-    to_stats,
-)
+from jaxbn.convert._array_names import LayerArrays, Naming
+from jaxbn.convert._arrays import checked, per_feature, plain, to_layer, to_stats
 from jaxbn.convert._converted import Converted, read_one, write_one
-from jaxbn.convert._whole_model import Found, find
+from jaxbn.convert._whole_model import Found, find, with_defaults, with_options_of
 
-_TORCH = Dialect(
+_TORCH = Naming(
     "PyTorch",
     ".",
-    {
-        "scale": ("*.weight",),
-        "bias": ("*.bias",),
-        "mean": ("*.running_mean",),
-        "var": ("*.running_var",),
-        "count": ("*.num_batches_tracked",),
-    },
+    {role: (f"*.{name}",) for role, name in TORCH.items()},
 )
 
 
@@ -39,7 +27,7 @@ def from_torch(
     *,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
-) -> Converted:
+) -> Converted[BatchNorm, BatchStats]:
     """Returns a batch norm of a PyTorch state dict.
 
     `bn` has channels at axis 1, one minus the momentum, `momentum=None` for the cumulative
@@ -74,7 +62,7 @@ def from_torch(
     return read_one(_TORCH, arrays, prefix, _reader(eps, momentum), _write)
 
 
-def to_torch(layer: Converted, prefix: str = "") -> dict[str, np.ndarray]:
+def to_torch(layer: Converted[Any, Any], prefix: str = "") -> dict[str, np.ndarray]:
     """Returns the entries of a batch norm in a PyTorch state dict.
 
     Give the module `momentum = 1 - bn.momentum` and `eps = bn.epsilon`. A module tracks
@@ -102,9 +90,10 @@ def to_torch(layer: Converted, prefix: str = "") -> dict[str, np.ndarray]:
     return write_one(_TORCH, layer, prefix, _write)
 
 
+@with_options_of(from_torch)
 def find_torch(
-    arrays: Mapping[str, Any], *, eps: float = 1e-5, momentum: float | None = 0.1
-) -> Found:
+    arrays: Mapping[str, Any], **options: Any
+) -> Found[Converted[BatchNorm, BatchStats]]:
     """Returns all batch norms of a PyTorch state dict.
 
     What has running statistics is one; layer norms and group norms, which have none, are
@@ -112,8 +101,7 @@ def find_torch(
 
     Args:
         arrays: A state dict of arrays, or of tensors.
-        eps: As `from_torch`, for all of them.
-        momentum: As `from_torch`, for all of them.
+        **options: The keywords of `from_torch`, for all of them.
 
     Returns:
         A `Found`.
@@ -128,7 +116,7 @@ def find_torch(
         >>> list(convert.find_torch(stats | {"fc.bias": np.zeros(3)}).layers)
         ['bn']
     """
-    return find(_TORCH, arrays, _reader(eps, momentum), _write)
+    return find(_TORCH, arrays, _reader(**with_defaults(from_torch, options)), _write)
 
 
 def _reader(eps: float, momentum: float | None) -> Any:
@@ -140,34 +128,29 @@ def _reader(eps: float, momentum: float | None) -> Any:
     return functools.partial(_read, eps=eps, momentum=momentum)
 
 
-def _read(part: Part, *, eps: float, momentum: float | None) -> Values:
-    part.require("mean", "var")
-    read = checked(part, ("scale", "bias", "mean", "var"))
-    params, param_dtype = to_params(read)
+def _read(
+    found: LayerArrays, *, eps: float, momentum: float | None
+) -> Converted[BatchNorm, BatchStats]:
+    found.require("mean", "var")
+    read = checked(found, ("scale", "bias", "mean", "var"))
     mean, var = to_stats(read.arrays["mean"], read.arrays["var"])
     weight = None
     if momentum is None:
-        count = np.full(read.features, part.count("count"), var.dtype)
+        count = np.full(read.features, found.count("count"), var.dtype)
         (weight,) = to_stats(count)
-    bn = BatchNorm(
-        feature_axes=1,
-        momentum=None if momentum is None else 1 - momentum,
-        epsilon=eps,
-        ddof=1,
-        use_scale=params.scale is not None,
-        use_bias=params.bias is not None,
-        param_dtype=param_dtype,
-    )
-    return Values(bn, params, BatchStats(mean, var, weight), read.notes)
+    decay = None if momentum is None else 1 - momentum
+    bn, params = to_layer(read, feature_axes=1, momentum=decay, epsilon=eps, ddof=1)
+    return Converted(bn, params, BatchStats(mean, var, weight), read.notes)
 
 
-def _write(layer: Converted, kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    bn = plain(layer.bn, "PyTorch")
-    arrays = per_feature(layer.params, mean=layer.state.mean, var=layer.state.var)
+def _write(
+    layer: Converted[BatchNorm, BatchStats], kept: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    bn, state = plain(layer.bn, "PyTorch"), layer.state
+    arrays = per_feature(layer.params, mean=state.mean, var=state.var)
     if bn.momentum is None:
-        assert isinstance(layer.state, BatchStats)
-        assert layer.state.weight is not None
-        arrays["count"] = np.asarray(np.max(layer.state.weight), np.int64)
+        assert state.weight is not None
+        arrays["count"] = np.asarray(np.max(state.weight), np.int64)
     elif "count" in kept or not kept:
         arrays["count"] = np.asarray(kept.get("count", 0), np.int64)
     return arrays

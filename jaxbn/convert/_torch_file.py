@@ -1,20 +1,15 @@
-"""The files of torch.save, through PyTorch and its unpickler that loads only tensors."""
+"""Reads files of torch.save with PyTorch's unpickler that loads only tensors."""
 
 import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
-import jax.numpy as jnp
 import numpy as np
 
-# Bounds on what a hostile file may nest and repeat; no real checkpoint comes near.
+from jaxbn.convert._arrays import from_tensor
+
+# Limits against hostile files; no real checkpoint comes near them.
 _DEPTH, _ENTRIES = 16, 1_000_000
-# PyTorch gives no NumPy array of these: their bits are read as integers.
-_BITS = {
-    "torch.bfloat16": ("int16", jnp.bfloat16),
-    "torch.float8_e4m3fn": ("int8", jnp.float8_e4m3fn),
-    "torch.float8_e5m2": ("int8", jnp.float8_e5m2),
-}
 
 
 def read_torch(file: BinaryIO, limit: int) -> dict[str, np.ndarray]:
@@ -30,7 +25,7 @@ def read_torch(file: BinaryIO, limit: int) -> dict[str, np.ndarray]:
     try:
         tree = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Without PyTorch's own words, which advise to run it.
+        # PyTorch's own message is dropped, since it advises to unpickle the file anyway.
         reason = "it holds more than tensors, or is broken, and running it is refused"
         raise ValueError(reason) from (None if "weights_only" in str(error) else error)
     arrays, total = {}, 0
@@ -62,17 +57,3 @@ def _leaves(tree: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
         return
     for key, value in entries:
         yield from _leaves(value, f"{name}.{key}" if name else str(key), depth + 1)
-
-
-def from_tensor(name: str, tensor: Any) -> np.ndarray:
-    """Returns a copy of the values of a tensor, in its dtype."""
-    import torch  # pyright: ignore[reportMissingImports]
-
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise ValueError(f"{name!r} is a sparse, quantized or empty tensor")
-    tensor = tensor.detach().cpu()
-    bits = _BITS.get(str(tensor.dtype))
-    if bits is None:
-        return np.array(tensor.resolve_conj().resolve_neg().numpy())
-    integer, dtype = bits
-    return np.array(tensor.contiguous().view(getattr(torch, integer)).numpy()).view(dtype)

@@ -1,19 +1,22 @@
-"""All batch norms of a model, found by their names; what was left; and the way back."""
+"""Finds all batch norms of a model by their names, and puts changed ones back."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
-from jaxbn.convert._array_names import Dialect, Part, flatten
-from jaxbn.convert._converted import Converted, Read, Write, read_layer, write_one
+from jaxbn.convert._array_names import Naming, flatten
+from jaxbn.convert._converted import Layer, Read, Write, read_layer, write_one
 
+Options = ParamSpec("Options")
+Result = TypeVar("Result")
 _SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
+class Found(Generic[Layer]):
     """The batch norms of a model. Prints as a table.
 
     Example:
@@ -35,13 +38,13 @@ class Found:
         left: The names of the arrays that belong to none of them.
     """
 
-    layers: Mapping[str, Converted]
+    layers: Mapping[str, Layer]
     left: tuple[str, ...]
     _tree: Any = dataclasses.field(repr=False)
-    _dialect: Dialect = dataclasses.field(repr=False)
+    _naming: Naming = dataclasses.field(repr=False)
     _write: Write = dataclasses.field(repr=False)
 
-    def put_back(self, layers: Mapping[str, Converted]) -> dict[str, Any]:
+    def put_back(self, layers: Mapping[str, Layer]) -> dict[str, Any]:
         """Returns the model that was searched, with the arrays of `layers` replaced.
 
         Args:
@@ -62,25 +65,25 @@ class Found:
                     f"there was no batch norm {name!r} in the model. There were "
                     f"{len(self.layers)}: {known}."
                 )
-            arrays = write_one(self._dialect, layer, name, self._write)
+            arrays = write_one(self._naming, layer, name, self._write)
             source = self.layers[name].source
             assert source is not None
-            had = {self._dialect.name(s, name) for s in source.spellings.values()}
+            had = {self._naming.name(s, name) for s in source.read.spellings.values()}
             if arrays.keys() != had:
                 raise ValueError(
                     f"the batch norm {name!r} has the arrays {sorted(had)}, but would get "
                     f"{sorted(arrays)}. Replace only values of what was found."
                 )
             new |= arrays
-        return _replaced(self._tree, (), self._dialect.separator, new.get)
+        return _replaced(self._tree, (), self._naming.separator, new.get)
 
     def __str__(self) -> str:
-        flat = flatten(self._tree, self._dialect.separator)
+        flat = flatten(self._tree, self._naming.separator)
         rows = [("batch norm", "features", "dtype", "arrays", "notes")]
         count = 0
         for name, layer in self.layers.items():
             assert layer.source is not None
-            tails = list(map(self._dialect.tail, layer.source.spellings.values()))
+            tails = list(map(self._naming.tail, layer.source.read.spellings.values()))
             count += len(tails)
             row = (*_shape(layer.state.mean), " ".join(tails), "; ".join(layer.notes))
             rows.append((name or "(itself)", *row))
@@ -96,26 +99,53 @@ class Found:
         return "\n".join(lines)
 
 
-def find(dialect: Dialect, tree: Mapping[str, Any], read: Read, write: Write) -> Found:
+def find(
+    naming: Naming, tree: Mapping[str, Any], read: Read[Layer], write: Write
+) -> Found[Layer]:
     """Returns all batch norms of a model, or raises with all that is wrong with them."""
-    flat = flatten(tree, dialect.separator)
+    flat = flatten(tree, naming.separator)
     layers, wrong, taken = {}, [], set()
-    for name, spellings in dialect.layers(flat).items():
-        if not set(dialect.marks) & spellings.keys():
-            continue
+    for name, spellings in naming.layers(flat).items():
         try:
-            part = Part(dialect, name, spellings, flat)
-            layers[name] = read_layer(dialect, part, read, write)
-            taken |= set(part.names.values())
+            layer = read_layer(naming, flat, (name, spellings), read, write)
         except ValueError as error:
             wrong.append(f"{name or '(itself)'}: {error}")
+            continue
+        layers[name] = layer
+        taken |= {naming.name(spelling, name) for spelling in spellings.values()}
     if wrong:
         raise ValueError(
             f"{len(wrong)} of {len(wrong) + len(layers)} batch norms cannot be converted:\n"
             + "\n".join(wrong)
         )
     left = tuple(name for name in flat if name not in taken)
-    return Found(layers, left, tree, dialect, write)
+    return Found(layers, left, tree, naming, write)
+
+
+def with_options_of(
+    one: Callable[Concatenate[Mapping[str, Any], str, Options], Any],
+) -> Callable[
+    [Callable[..., Result]], Callable[Concatenate[Mapping[str, Any], Options], Result]
+]:
+    """Gives a function of a whole model the keywords of `one`, which reads a layer."""
+    signature = inspect.signature(one)
+    arrays, _, *options = signature.parameters.values()
+
+    def declare(function: Callable[..., Any]) -> Any:
+        function.__signature__ = signature.replace(  # pyright: ignore[reportFunctionMemberAccess]
+            parameters=[arrays, *options],
+            return_annotation=function.__annotations__["return"],
+        )
+        return function
+
+    return declare
+
+
+def with_defaults(one: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keywords of `one`, which reads a layer, and their defaults."""
+    bound = inspect.signature(one).bind({}, **given)
+    bound.apply_defaults()
+    return bound.kwargs
 
 
 def _shape(array: Any) -> tuple[str, str]:

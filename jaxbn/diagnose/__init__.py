@@ -1,6 +1,15 @@
-"""What is wrong with the statistics of a trained model, in words, with the remedy."""
+"""Says what is wrong with the statistics of a trained model, and what to do about it."""
 
-from jaxbn.diagnose._diagnose import diagnose as diagnose
-from jaxbn.diagnose._report import Finding as Finding
-from jaxbn.diagnose._report import LayerReport as LayerReport
-from jaxbn.diagnose._report import Report as Report
+from jaxbn.diagnose._diagnose import diagnose
+from jaxbn.diagnose._report import Finding, LayerReport, Report
+
+__all__ = [
+    "Finding",
+    "LayerReport",
+    "Report",
+    "diagnose",
+]
+
+# Pickles and tracebacks then name the public module, whichever file defines a class.
+for _name in __all__:
+    globals()[_name].__module__ = __name__

@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxbn.convert._orbax import read_checkpoint
+from jaxbn.convert import load
 from jaxbn.diagnose._diagnose import diagnose
 
 
@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit status: 0 nothing found, 1 something found, 2 unreadable.",
     )
     parser.add_argument(
-        "checkpoint", help="a .safetensors or .npz file, or a folder written by Orbax"
+        "checkpoint",
+        help="a .safetensors, .npz, .pth, .pt or .bin file, or a folder written by Orbax",
     )
     parser.add_argument("--steps", type=int, help="training steps that the model took")
     parser.add_argument("--momentum", type=float, help="the decay of its layers")
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         report = diagnose(
-            read_checkpoint(options.checkpoint),
+            load(options.checkpoint),
             steps=options.steps,
             momentum=options.momentum,
             epsilon=options.epsilon,

@@ -1,24 +1,24 @@
-"""What the params and the statistics alone tell: findings of one layer at a time."""
+"""Checks the params and the statistics of one layer, without any data."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from jaxbn.diagnose._find_layers import Layer
+from jaxbn.diagnose._find_norms import NormArrays
 from jaxbn.diagnose._report import Finding, as_evidence
 
-# A channel below this share of the typical one passes nothing on.
+# A channel is dead if its output varies less than this share of the median channel.
 _DEAD = 1e-3
-# A standard deviation so many times the typical one, or one near float16's largest number.
+# A channel explodes at so many times the median, or near the largest float16, 65504.
 _EXPLODING, _LARGEST = 300.0, 1e4
-# Below this an average follows the last batch; 0.1 is PyTorch's default.
+# A decay below this is taken for PyTorch's momentum, whose default is 0.1.
 _FAST = 0.5
-# How much of the initial statistics may be left.
+# The largest share of the initial statistics that may be left.
 _LEFT = 0.05
 _REESTIMATE = "Estimate the statistics anew from training data"
 
 
-def check_values(layer: Layer, epsilon: float) -> Iterator[Finding]:
+def check_values(layer: NormArrays, epsilon: float) -> Iterator[Finding]:
     """Yields what is wrong with the arrays of a layer, whatever the data."""
     if (finding := _not_finite(layer)) or (finding := _negative(layer)):
         yield finding
@@ -30,7 +30,7 @@ def check_values(layer: Layer, epsilon: float) -> Iterator[Finding]:
             yield finding
 
 
-def check_momentum(layer: str, momentum: float) -> Finding | None:
+def check_measured_momentum(layer: str, momentum: float) -> Finding | None:
     """Returns a finding if the decay of the statistics is one minus what was meant."""
     if not momentum < _FAST:
         return None
@@ -46,7 +46,7 @@ def check_momentum(layer: str, momentum: float) -> Finding | None:
     )
 
 
-def check_steps(layer: Layer, momentum: float, steps: float) -> Finding | None:
+def check_steps(layer: NormArrays, momentum: float, steps: float) -> Finding | None:
     """Returns a finding if so few steps leave much of the initial statistics."""
     if layer.get("weight") is not None:
         return None
@@ -69,7 +69,7 @@ def unconverged(layer: str, left: float, momentum: float, steps: float) -> Findi
     )
 
 
-def _not_finite(layer: Layer) -> Finding | None:
+def _not_finite(layer: NormArrays) -> Finding | None:
     bad = {
         field: int((~np.isfinite(array)).sum())
         for field, array in layer.arrays.items()
@@ -89,7 +89,7 @@ def _not_finite(layer: Layer) -> Finding | None:
     )
 
 
-def _negative(layer: Layer) -> Finding | None:
+def _negative(layer: NormArrays) -> Finding | None:
     smallest = layer.var.min(initial=0)
     if smallest >= 0:
         return None
@@ -103,7 +103,7 @@ def _negative(layer: Layer) -> Finding | None:
     )
 
 
-def _never_updated(layer: Layer) -> Finding | None:
+def _never_updated(layer: NormArrays) -> Finding | None:
     if layer.mean.any() or not (layer.var == 1).all():
         return None
     return Finding(
@@ -118,7 +118,7 @@ def _never_updated(layer: Layer) -> Finding | None:
     )
 
 
-def _dead(layer: Layer, epsilon: float) -> Finding | None:
+def _dead(layer: NormArrays, epsilon: float) -> Finding | None:
     spread = _output_spread(layer, epsilon)
     alive = spread[spread > 0]
     typical = float(np.median(alive)) if alive.size else 1.0
@@ -137,7 +137,7 @@ def _dead(layer: Layer, epsilon: float) -> Finding | None:
     )
 
 
-def _exploding(layer: Layer, _: float) -> Finding | None:
+def _exploding(layer: NormArrays, _: float) -> Finding | None:
     scale = layer.get("scale")
     sizes = {"mean": np.abs(layer.mean), "std": np.sqrt(layer.var)}
     if scale is not None:
@@ -145,7 +145,7 @@ def _exploding(layer: Layer, _: float) -> Finding | None:
     many = np.zeros(layer.var.shape, bool)
     for field, size in sizes.items():
         typical = max(float(np.median(size)), 1.0) if size.size else 1.0
-        # Means lie where the data lie, so only their size tells.
+        # The mean may lie anywhere, so it is compared with float16 alone, not with others.
         many |= size > (
             _LARGEST if field == "mean" else min(_EXPLODING * typical, _LARGEST)
         )
@@ -164,7 +164,7 @@ def _exploding(layer: Layer, _: float) -> Finding | None:
     )
 
 
-def _output_spread(layer: Layer, epsilon: float) -> np.ndarray:
+def _output_spread(layer: NormArrays, epsilon: float) -> np.ndarray:
     """Returns the standard deviation that each channel has behind the scale."""
     scale = layer.get("scale")
     spread = np.sqrt(layer.var / (layer.var + epsilon))

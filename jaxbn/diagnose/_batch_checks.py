@@ -1,4 +1,4 @@
-"""What batches tell: statistics that do not fit them, and which mistake explains it."""
+"""Checks statistics against batches, and finds the mistake that explains a difference."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -6,23 +6,26 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxbn.diagnose._array_checks import unconverged
-from jaxbn.diagnose._find_layers import Layer
-from jaxbn.diagnose._measure import Gap, Probe
+from jaxbn.diagnose._find_norms import NormArrays
+from jaxbn.diagnose._measure import Gap, Measurement
 from jaxbn.diagnose._report import Finding, as_evidence
 
-# Standard deviations of a batch mean, as 6 independent elements per feature have.
+# Batches are small if their means lie so many standard deviations apart: 1 / sqrt(6).
 _NOISY = 0.4
-# How many times the variance of its mean may exceed that of a batch drawn at random.
+# Batches are unlike each other if the variance of their means is so many times that of
+# batches drawn at random.
 _UNLIKE = 4
-# How far statistics may lie from the batches: a part of the standard deviation, a factor
-# on it, and so many times what sampling explains.
+# Statistics drift if the means lie so many standard deviations from the batches, or the
+# standard deviations differ by so large a factor, and that by so many times the sampling
+# error.
 _SHIFT, _STRETCH, _SAMPLING = 0.4, 1.6, 5.0
-# What is left of the initial statistics, and how much of the drift that must explain.
+# Statistics have not converged if more than this share of the initial ones is left, and
+# if that explains so much of the drift.
 _LEFT, _FIT = 0.05, 0.7
-# By how much running deviations are wider, as a logarithm: in this share of the layers,
-# and on average over the layers.
+# Weights were averaged if the logarithm of running over batch standard deviation exceeds
+# _WIDE in a share _MOST of the layers, and _WIDE_MEAN on average.
 _WIDE, _MOST, _WIDE_MEAN = 0.05, 0.7, 0.07
-# The standard deviations of the output that evaluation may be off.
+# Evaluation may be off by so many standard deviations of the output.
 _GAP = 0.5
 
 
@@ -35,33 +38,33 @@ class Drift(NamedTuple):
     large: bool
 
 
-def measure_drift(layer: Layer, probe: Probe, epsilon: float) -> Drift:
+def measure_drift(layer: NormArrays, seen: Measurement, epsilon: float) -> Drift:
     """Returns how far the running statistics lie from those of the batches."""
-    if not probe.tracked:
+    if not seen.tracked:
         return Drift(np.nan, np.nan, np.nan, False)
-    std = np.sqrt(probe.var + epsilon)
-    apart = np.abs(layer.mean - probe.mean) / std
+    std = np.sqrt(seen.var + epsilon)
+    apart = np.abs(layer.mean - seen.mean) / std
     factor = np.log(np.maximum(layer.var, 0) + epsilon) / 2 - np.log(std)
     shift = float(np.sqrt(np.mean(np.square(apart))))
     spread = float(np.sqrt(np.mean(np.square(factor))))
-    chance = _SAMPLING * _chance(probe)
+    chance = _SAMPLING * _chance(seen)
     large = shift > max(_SHIFT, chance) or spread > max(np.log(_STRETCH), chance)
     finite = bool(np.isfinite(shift) and np.isfinite(spread))
     return Drift(shift, float(np.exp(spread)), float(np.mean(factor)), large and finite)
 
 
-def check_batches(layer: str, probe: Probe) -> Iterator[Finding]:
+def check_batches(layer: str, seen: Measurement) -> Iterator[Finding]:
     """Yields what is wrong with the batches of a layer."""
-    if not probe.noise > _NOISY:
+    if not seen.noise > _NOISY:
         return
-    evidence = as_evidence(noise=probe.noise, rows=probe.rows, elements=probe.noise**-2)
-    if probe.noise**2 * probe.rows > _UNLIKE:
+    evidence = as_evidence(noise=seen.noise, rows=seen.rows, elements=seen.noise**-2)
+    if seen.noise**2 * seen.rows > _UNLIKE:
         yield Finding(
             layer,
             "unlike-batches",
             "warning",
             evidence,
-            f"the means of batches of {probe.rows} lie {probe.noise:.2f} deviations "
+            f"the means of batches of {seen.rows} lie {seen.noise:.2f} deviations "
             "apart, more than batches drawn at random would.",
             "Shuffle the data, or put every kind of example into every batch.",
         )
@@ -71,15 +74,15 @@ def check_batches(layer: str, probe: Probe) -> Iterator[Finding]:
             "small-batch",
             "warning",
             evidence,
-            f"the means of batches lie {probe.noise:.2f} standard deviations apart, as "
-            f"with {probe.noise**-2:.1f} independent elements per feature.",
+            f"the means of batches lie {seen.noise:.2f} standard deviations apart, as "
+            f"with {seen.noise**-2:.1f} independent elements per feature.",
             "Use larger batches, synchronize over devices with axis_name, use "
             "jaxbn.BatchRenorm, or freeze the layer.",
         )
 
 
 def explain_drift(
-    rows: Sequence[tuple[Layer, Probe, Drift]], steps: float
+    rows: Sequence[tuple[NormArrays, Measurement, Drift]], steps: float
 ) -> Iterator[Finding]:
     """Yields why statistics do not fit their batches.
 
@@ -90,11 +93,11 @@ def explain_drift(
     if not measured:
         return
     left, fit = _initial_share([row[:2] for row in measured])
-    # Where the steps were counted, enough of them rule the pattern out.
-    possible = any(not probe.momentum**steps < _LEFT / 2 for _, probe, _ in measured)
+    # If the steps are known and were enough, the statistics have converged.
+    possible = any(not seen.momentum**steps < _LEFT / 2 for _, seen, _ in measured)
     if possible and left > _LEFT and fit > _FIT:
-        for layer, probe, _ in measured:
-            yield unconverged(layer.name, left, probe.momentum, steps)
+        for layer, seen, _ in measured:
+            yield unconverged(layer.name, left, seen.momentum, steps)
         return
     wide = np.array([drift.wide for _, _, drift in measured])
     if len(wide) > 1 and np.mean(wide > _WIDE) >= _MOST and wide.mean() > _WIDE_MEAN:
@@ -131,10 +134,10 @@ def _averaged(layer: str, drift: Drift) -> Finding:
 
 
 def check_gap(
-    layers: Sequence[Layer], probes: Sequence[Probe], gap: Gap
+    layers: Sequence[NormArrays], measurements: Sequence[Measurement], gap: Gap
 ) -> Iterator[Finding]:
     """Yields a finding if evaluation is far from what the batches would give."""
-    chance = np.sqrt(sum(_chance(probe) ** 2 for probe in probes if probe.tracked))
+    chance = np.sqrt(sum(_chance(seen) ** 2 for seen in measurements if seen.tracked))
     if not gap.total > max(_GAP, _SAMPLING * chance) or not np.isfinite(gap.alone).any():
         return
     worst = int(np.nanargmax(gap.alone))
@@ -150,14 +153,14 @@ def check_gap(
     )
 
 
-def _chance(probe: Probe) -> float:
+def _chance(seen: Measurement) -> float:
     """Returns how far the batches here, and those in the average, differ by chance."""
-    noise = probe.noise if np.isfinite(probe.noise) else probe.rows**-0.5
-    m = probe.momentum if np.isfinite(probe.momentum) else 1.0
-    return float(noise * np.sqrt(1 / probe.batches + (1 - m) / (1 + m)))
+    noise = seen.noise if np.isfinite(seen.noise) else seen.rows**-0.5
+    m = seen.momentum if np.isfinite(seen.momentum) else 1.0
+    return float(noise * np.sqrt(1 / seen.batches + (1 - m) / (1 + m)))
 
 
-def _initial_share(pairs: Sequence[tuple[Layer, Probe]]) -> tuple[float, float]:
+def _initial_share(pairs: Sequence[tuple[NormArrays, Measurement]]) -> tuple[float, float]:
     """Returns the share of 0 and 1 in the statistics, and how well it explains them.
 
     A share that left the same trace in every mean and variance, running - batch = share
@@ -165,12 +168,12 @@ def _initial_share(pairs: Sequence[tuple[Layer, Probe]]) -> tuple[float, float]:
     from the initial values.
     """
     starts, ends = [], []
-    for layer, probe in pairs:
-        unit = np.sqrt(1 + probe.var)
-        starts += [(0 - probe.mean) / unit, (1 - probe.var) / (1 + probe.var)]
+    for layer, seen in pairs:
+        unit = np.sqrt(1 + seen.var)
+        starts += [(0 - seen.mean) / unit, (1 - seen.var) / (1 + seen.var)]
         ends += [
-            (layer.mean - probe.mean) / unit,
-            (layer.var - probe.var) / (1 + probe.var),
+            (layer.mean - seen.mean) / unit,
+            (layer.var - seen.var) / (1 + seen.var),
         ]
     start, end = np.concatenate(starts), np.concatenate(ends)
     size = np.vdot(start, start).real

@@ -1,4 +1,4 @@
-"""`diagnose`: from the variables of a model, and perhaps batches, to a report."""
+"""Runs every check on the variables of a model, and on batches where there are some."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxbn._replicas import replica_differences
-from jaxbn._statistics.running import check_momentum as check_decay
+from jaxbn._statistics.running import check_momentum
 from jaxbn._typing import PyTree
-from jaxbn.diagnose._array_checks import check_momentum, check_steps, check_values
+from jaxbn.diagnose._array_checks import check_measured_momentum, check_steps, check_values
 from jaxbn.diagnose._batch_checks import (
     check_batches,
     check_gap,
     explain_drift,
     measure_drift,
 )
-from jaxbn.diagnose._find_layers import Layer, find_layers
-from jaxbn.diagnose._measure import Apply, measure_gap, probe_layers
+from jaxbn.diagnose._find_norms import NormArrays, find_norms
+from jaxbn.diagnose._measure import Apply, measure_gap, measure_layers
 from jaxbn.diagnose._report import Finding, LayerReport, Report, as_evidence
 
 
@@ -79,16 +79,16 @@ def diagnose(
         momentum is the decay here; PyTorch's momentum is one minus it. Write momentum=0.9.
     """
     _check_options(steps, momentum)
-    layers = find_layers(variables)
+    layers = find_norms(variables)
     findings = list(_check_replicas(variables, layers, replica_axis))
     if replica_axis is not None:
         variables = jax.tree.map(lambda leaf: leaf.take(0, replica_axis), variables)
-        layers = find_layers(variables)
+        layers = find_norms(variables)
     for layer in layers:
         findings += check_values(layer, epsilon)
     reports = [LayerReport(layer.name, layer.var.size) for layer in layers]
     if apply is not None:
-        # Drift that a finding has explained is not explained twice.
+        # A layer with an error of its own drifts because of it.
         explained = {f.layer for f in findings if f.severity == "error"}
         run = _Run(variables, layers, apply, list(batches), epsilon)
         reports, more = _measure(run, explained, math.nan if steps is None else steps)
@@ -107,7 +107,7 @@ def diagnose(
 
 class _Run(NamedTuple):
     variables: PyTree
-    layers: list[Layer]
+    layers: list[NormArrays]
     apply: Apply
     batches: list[Any]
     epsilon: float
@@ -117,53 +117,48 @@ def _measure(
     run: _Run, explained: set[str], steps: float
 ) -> tuple[list[LayerReport], list[Finding]]:
     """Returns what the batches say, as numbers and as findings."""
-    layers = run.layers
-    probes = probe_layers(run.variables, layers, run.apply, run.batches)
-    drifts = [
-        measure_drift(*pair, run.epsilon) for pair in zip(layers, probes, strict=True)
+    variables, layers, apply, batches, epsilon = run
+    measurements = measure_layers(variables, layers, apply, batches)
+    rows = [
+        (layer, seen, measure_drift(layer, seen, epsilon))
+        for layer, seen in zip(layers, measurements, strict=True)
     ]
-    findings = []
-    for layer, probe in zip(layers, probes, strict=True):
-        findings += check_batches(layer.name, probe)
-    unexplained = [
-        (layer, probe, drift)
-        for layer, probe, drift in zip(layers, probes, drifts, strict=True)
-        if layer.name not in explained
-    ]
+    findings = [each for layer, seen, _ in rows for each in check_batches(layer.name, seen)]
+    unexplained = [row for row in rows if row[0].name not in explained]
     findings += explain_drift(unexplained, steps)
-    gap = measure_gap(run.variables, layers, probes, run.apply, run.batches)
-    findings += check_gap(layers, probes, gap)
+    gap = measure_gap(variables, layers, measurements, apply, batches)
+    findings += check_gap(layers, measurements, gap)
     reports = [
         LayerReport(
             layer.name,
             layer.var.size,
-            momentum=probe.momentum,
+            momentum=seen.momentum,
             shift=drift.shift,
             stretch=drift.stretch,
-            noise=probe.noise,
+            noise=seen.noise,
             gap=alone,
         )
-        for layer, probe, drift, alone in zip(
-            layers, probes, drifts, gap.alone, strict=True
-        )
+        for (layer, seen, drift), alone in zip(rows, gap.alone, strict=True)
     ]
     return reports, findings
 
 
-def _check_tracking(layer: Layer, momentum: float, steps: int | None) -> Iterator[Finding]:
+def _check_tracking(
+    layer: NormArrays, momentum: float, steps: int | None
+) -> Iterator[Finding]:
     """Yields what the momentum says, and the steps that the model or its user counted."""
     if math.isnan(momentum):
         return
-    if finding := check_momentum(layer.name, momentum):
+    if finding := check_measured_momentum(layer.name, momentum):
         yield finding
-    counted = layer.get("steps")
+    counted = layer.get("count")
     taken = steps if counted is None or not counted.size else counted.max()
     if taken is not None and (finding := check_steps(layer, momentum, float(taken))):
         yield finding
 
 
 def _check_replicas(
-    variables: PyTree, layers: Sequence[Layer], axis: int | None
+    variables: PyTree, layers: Sequence[NormArrays], axis: int | None
 ) -> Iterator[Finding]:
     """Yields the layers of which the replicas hold different arrays."""
     leaves = jax.tree.leaves(variables)
@@ -190,4 +185,4 @@ def _check_replicas(
 def _check_options(steps: int | None, momentum: float | None) -> None:
     if steps is not None and steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}. Count training steps.")
-    check_decay(momentum)
+    check_momentum(momentum)

@@ -1,4 +1,4 @@
-"""Runs a model to measure its layers: their batches, their momentum, what they do alone."""
+"""Runs a model on batches to measure its layers: moments, momentum, share of the error."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,12 +9,12 @@ import numpy as np
 
 from jaxbn._statistics.moments import Moments, merge_moments
 from jaxbn._typing import PyTree
-from jaxbn.diagnose._find_layers import Layer
+from jaxbn.diagnose._find_norms import NormArrays
 
 Apply = Callable[[PyTree, Any, bool], tuple[Any, PyTree]]
 
 
-class Probe(NamedTuple):
+class Measurement(NamedTuple):
     """What the batches say about a layer.
 
     Attributes:
@@ -48,9 +48,9 @@ class Gap(NamedTuple):
     alone: tuple[float, ...]
 
 
-def probe_layers(
-    tree: PyTree, layers: Sequence[Layer], apply: Apply, batches: Iterable[Any]
-) -> list[Probe]:
+def measure_layers(
+    tree: PyTree, layers: Sequence[NormArrays], apply: Apply, batches: Iterable[Any]
+) -> list[Measurement]:
     """Returns what the layers see of the batches in training.
 
     The decay m and the batch b come from two steps on the same batch, one from statistics
@@ -83,15 +83,15 @@ def probe_layers(
     lifted = _leaves_after(large, apply, batches[0]) if moving else []
     rows = [_rows(batch) for batch in batches]
     return [
-        _probe(layer, on, lifted, steps, rows)
+        _measurement(layer, on, lifted, steps, rows)
         for layer, on in zip(layers, tracked, strict=True)
     ]
 
 
 def measure_gap(
     tree: PyTree,
-    layers: Sequence[Layer],
-    probes: Sequence[Probe],
+    layers: Sequence[NormArrays],
+    measurements: Sequence[Measurement],
     apply: Apply,
     batches: Sequence[Any],
 ) -> Gap:
@@ -101,9 +101,9 @@ def measure_gap(
     with its own instead. So dropout and the noise of a batch are on neither side.
     """
     fitted = {
-        layer.leaves[field]: getattr(probe, field)
-        for layer, probe in zip(layers, probes, strict=True)
-        if probe.tracked
+        layer.leaves[field]: getattr(seen, field)
+        for layer, seen in zip(layers, measurements, strict=True)
+        if seen.tracked
         for field in ("mean", "var")
     }
 
@@ -128,22 +128,22 @@ def measure_gap(
     return Gap(distance(*everywhere), tuple(alone))
 
 
-def _probe(
-    layer: Layer,
+def _measurement(
+    layer: NormArrays,
     tracked: bool,
     lifted: list[np.ndarray],
     steps: list[list[np.ndarray]],
     rows: list[int],
-) -> Probe:
+) -> Measurement:
     shape = len(rows), rows[0]
     nothing = np.full_like(layer.var, np.nan)
     if not tracked:
-        return Probe(False, np.nan, nothing, nothing, np.nan, *shape)
+        return Measurement(False, np.nan, nothing, nothing, np.nan, *shape)
     leaves, weighted = layer.leaves, layer.get("weight") is not None
     momentum = _momentum(layer, lifted, steps[0])
     share = 1.0 if weighted else 1 - momentum
     if share <= 0:
-        return Probe(False, momentum, nothing, nothing, np.nan, *shape)
+        return Measurement(False, momentum, nothing, nothing, np.nan, *shape)
     means = [step[leaves["mean"]] / share for step in steps]
     spread = leaves.get("std")
     if spread is None:
@@ -161,13 +161,15 @@ def _probe(
         np.asarray(array, old.dtype)
         for array, old in ((whole.mean, layer.mean), (whole.var, layer.var))
     )
-    return Probe(True, momentum, mean, var, _noise(means, var), *shape)
+    return Measurement(True, momentum, mean, var, _noise(means, var), *shape)
 
 
-def _momentum(layer: Layer, lifted: list[np.ndarray], first: list[np.ndarray]) -> float:
+def _momentum(
+    layer: NormArrays, lifted: list[np.ndarray], first: list[np.ndarray]
+) -> float:
     weight = layer.leaves.get("weight")
     if weight is not None:
-        # After the first batch, 1 for a cumulative mean and 1 - m for a debiased average.
+        # After the first batch the weight is 1 for a cumulative mean, 1 - m if debiased.
         after = float(np.median(first[weight]))
         return np.nan if after == 1 else 1 - after
     number = layer.leaves.get("std", layer.leaves["var"])
@@ -175,7 +177,7 @@ def _momentum(layer: Layer, lifted: list[np.ndarray], first: list[np.ndarray]) -
     return float(np.clip(np.median((lifted[number] - first[number]) / before), 0, 1))
 
 
-def _large(layers: Iterable[Layer], first: list[np.ndarray]) -> dict[int, np.ndarray]:
+def _large(layers: Iterable[NormArrays], first: list[np.ndarray]) -> dict[int, np.ndarray]:
     """Returns spreads that leave nothing of what the first step from 0 gave to see."""
     numbers = (layer.leaves.get("std", layer.leaves["var"]) for layer in layers)
     return {i: np.full_like(first[i], 1e4 * max(1, np.nanmax(first[i]))) for i in numbers}
@@ -190,7 +192,7 @@ def _noise(means: list[np.ndarray], var: np.ndarray) -> float:
     return float(np.sqrt(np.mean(between[alive] / var[alive])))
 
 
-def _blanks(layers: Iterable[Layer]) -> dict[int, np.ndarray]:
+def _blanks(layers: Iterable[NormArrays]) -> dict[int, np.ndarray]:
     return {
         layer.leaves[field]: np.zeros_like(layer.arrays[field])
         for layer in layers
@@ -219,7 +221,7 @@ def _leaves_after(tree: PyTree, apply: Apply, batch: Any) -> list[np.ndarray]:
         )
     after = result[1]
     if jax.tree.structure(after) != jax.tree.structure(tree):
-        # Linen returns the collections that were mutable, and only these.
+        # A linen model returns only the collections that were mutable.
         try:
             after = type(tree)({**tree, **after})
         except TypeError:

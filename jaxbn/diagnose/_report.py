@@ -1,10 +1,10 @@
-"""What a diagnosis says: findings and a table of layers, for programs and for people."""
+"""The result of a diagnosis: findings and a table of the layers, and how they print."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Finding:
 
     layer: str
     cause: str
-    severity: str
+    severity: Literal["error", "warning"]
     evidence: Mapping[str, float]
     message: str
     remedy: str
@@ -131,7 +131,7 @@ class Report:
         axes = figure.subplots(1, max(len(measured), 1), sharey=True, squeeze=False)[0]
         colors = ["tab:red" if row.name in marked else "tab:blue" for row in self.layers]
         for axis, name in zip(axes, measured or ["features"], strict=True):
-            # What is not finite has no length to draw.
+            # Matplotlib cannot draw bars of a length that is not finite.
             lengths = [n if math.isfinite(n) else 0 for n in self._all(name)]
             axis.barh(rows, lengths, color=colors)
             axis.set_title(name)

@@ -8,17 +8,15 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxbn._flax.core_call import (
-    as_input,
+    as_inexact,
     call_batch_norm,
-    feature_sizes,
-    result_dtype,
     stats_dtype,
+    variable_shape,
     zero_stats,
 )
 from jaxbn._flax.gathered_leaves import gathered_like
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Shape
-from jaxbn.linen._folded import call_folded, is_folded
 from jaxbn.linen._variables import gathering, statistic, tracks, training_of
 
 
@@ -119,11 +117,8 @@ class BatchNorm(nn.Module):
                 missing, or not mutable in training; mask or weights do not fit x.
         """
         training = training_of(self, self.use_running_average, use_running_average)
-        x = as_input(x, self.dtype)
-        if is_folded(self):
-            dtype = result_dtype(self.dtype, x, jnp.zeros((), self.param_dtype))
-            return call_folded(self, x, training, self.axis, dtype)
-        features = feature_sizes(self.axis, x.shape)
+        x = as_inexact(x, self.dtype)
+        features = variable_shape(self.axis, x.shape)
         mean, var = _stats(self, features, x.dtype)
         scale = bias = None
         if self.use_scale:
@@ -147,7 +142,9 @@ class BatchNorm(nn.Module):
             for variable, leaf in zip(
                 (mean, var, *more), jax.tree.leaves(state), strict=True
             ):
-                variable.value = leaf
+                # What was asked for in half precision stays so, as in Flax.
+                half = not self.force_float32_reductions
+                variable.value = leaf.astype(variable.value.dtype) if half else leaf
         return y
 
 

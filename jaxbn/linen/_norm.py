@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._accumulation.gather import Gather
-from jaxbn._flax.core_call import leaf_names, num_features_of
+from jaxbn._flax.core_call import kinds_of, leaf_names, num_features_of, with_leaves
 from jaxbn._flax.gathered_leaves import gathered_like
-from jaxbn._fold.affine import settings_of
 from jaxbn._layers.normalizer import Normalizer
-from jaxbn._typing import Array, PyTree
-from jaxbn.linen._folded import call_folded, is_folded
+from jaxbn._typing import Array
 from jaxbn.linen._variables import gathering, statistic, tracks, training_of
 
 
@@ -74,37 +72,30 @@ class Norm(nn.Module):
             ValueError: As `BatchNorm` does.
         """
         training = training_of(self, self.use_running_average, use_running_average)
-
-        if is_folded(self):
-            bn = settings_of(self.normalizer)
-            if options.get("residual") is not None:
-                raise ValueError(
-                    f"the layer at /{'/'.join(self.path)} is folded, but adds a residual. "
-                    "Add it behind the layer."
-                )
-            return call_folded(self, x, training, bn.feature_axes, bn.dtype or x.dtype)
-
-        def make() -> tuple[PyTree, PyTree]:
-            num_features = num_features_of(self.normalizer, jnp.shape(x))
-            return self.normalizer.init(num_features, **(self.init_options or {}))
-
-        kinds = jax.eval_shape(make)
+        num_features = num_features_of(self.normalizer, jnp.shape(x))
+        init_options = self.init_options or {}
+        kinds = kinds_of(self.normalizer, num_features, init_options)
         names = leaf_names(*kinds)
-        stats = [
-            statistic(self, name, lambda i=i: jax.tree.leaves(make()[1])[i])
-            for i, name in enumerate(names[1])
-        ]
+        # Of what is there already, Flax compares the shape alone, and nothing is drawn.
+        start = kinds
+        if not all(self.has_variable("params", name) for name in names[0]) or not all(
+            self.has_variable("batch_stats", name) for name in names[1]
+        ):
+            start = self.normalizer.init(num_features, **init_options)
         params = [
-            self.param(name, lambda _, i=i: jax.tree.leaves(make()[0])[i])
-            for i, name in enumerate(names[0])
+            self.param(name, lambda _, leaf=leaf: _as_array(leaf))
+            for name, leaf in zip(names[0], jax.tree.leaves(start[0]), strict=True)
+        ]
+        stats = [
+            statistic(self, name, lambda leaf=leaf: _as_array(leaf))
+            for name, leaf in zip(names[1], jax.tree.leaves(start[1]), strict=True)
         ]
         tracking = tracks(self, training, update_stats)
         more = gathering(self, names[1], update_stats)
-        normalizer: Any = self.normalizer
-        normalizer = Gather(normalizer) if more else normalizer
-        state = jax.tree.unflatten(jax.tree.structure(kinds[1]), [s.value for s in stats])
+        normalizer: Any = Gather(self.normalizer) if more else self.normalizer  # pyright: ignore
+        state = with_leaves(kinds[1], [stat.value for stat in stats])
         y, state = normalizer.apply(
-            jax.tree.unflatten(jax.tree.structure(kinds[0]), params),
+            with_leaves(kinds[0], params),
             gathered_like(state, [variable.value for variable in more]),
             x,
             False if self.is_initializing() else training,
@@ -114,3 +105,10 @@ class Norm(nn.Module):
             for variable, leaf in zip([*stats, *more], jax.tree.leaves(state), strict=True):
                 variable.value = leaf
         return y
+
+
+def _as_array(leaf: Any) -> Array:
+    """Returns a leaf, or of a kind an array like it, whose shape alone Flax looks at."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return jnp.asarray(leaf)

@@ -1,11 +1,10 @@
 """Training state for linen that cannot lose the statistics of its layers."""
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import optax
 from flax import core, serialization
+from flax.core.scope import union_filters
 from flax.training import train_state
 
 from jaxbn._flax.restore import fill
@@ -56,54 +55,31 @@ class TrainState(train_state.TrainState):
 
     batch_stats: PyTree
 
-    @classmethod
-    def create(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls,
-        *,
-        apply_fn: Callable[..., Any],
-        params: PyTree,
-        tx: optax.GradientTransformation,
-        batch_stats: PyTree,
-        **fields: Any,
-    ) -> "TrainState":
-        """Returns the state before training.
-
-        Args:
-            apply_fn: Usually `model.apply`.
-            params: The collection of that name that `model.init` returned.
-            tx: An Optax optimizer.
-            batch_stats: Likewise the collection of that name.
-            **fields: The further fields of a subclass.
-
-        Returns:
-            A `TrainState` at step 0.
-
-        Raises:
-            TypeError: batch_stats is missing.
-        """
-        return super().create(
-            apply_fn=apply_fn, params=params, tx=tx, batch_stats=batch_stats, **fields
-        )
-
     @property
     def variables(self) -> dict[str, PyTree]:
         """Returns what evaluates: `state.apply_fn(state.variables, x)`."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
-    def apply(self, params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+    def apply(
+        self, params: PyTree, *args: Any, mutable: Any = False, **kwargs: Any
+    ) -> tuple[Any, PyTree]:
         """Returns the output of the model in training, and the statistics after it.
 
         Args:
             params: The params to differentiate with respect to.
             *args: The inputs of the model.
+            mutable: Further collections that the model may write, such as ["losses"].
             **kwargs: Its keywords, and those of `apply_fn`, such as `rngs`.
 
         Returns:
-            `(output, batch_stats)`.
+            `(output, batch_stats)`; with `mutable`, `(output, collections)`, a dict of
+            batch_stats and the others, as Flax returns it.
         """
         variables = {"params": params, "batch_stats": self.batch_stats}
-        output, updated = self.apply_fn(variables, *args, mutable=["batch_stats"], **kwargs)
-        return output, updated.get("batch_stats", self.batch_stats)
+        names = union_filters(["batch_stats"], mutable)
+        output, updated = self.apply_fn(variables, *args, mutable=names, **kwargs)
+        updated = {"batch_stats": self.batch_stats, **updated}
+        return output, updated if mutable else updated["batch_stats"]
 
     def apply_gradients(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, *, grads: PyTree, batch_stats: PyTree, **fields: Any
@@ -142,11 +118,12 @@ def restore(target: T, saved: PyTree) -> T:
 
     Args:
         target: What was saved, in memory: variables, a `TrainState`, any pytree that
-            `flax.serialization` knows.
+            `flax.serialization` knows, also an abstract one from `jax.eval_shape`.
         saved: The tree that was saved, or its `flax.serialization.to_state_dict`.
 
     Returns:
-        A tree of the structure and the dtypes of `target`, which is left as it was.
+        A tree of the structure, the dtypes and the shardings of `target`, which is left as
+        it was.
 
     Raises:
         ValueError: A leaf is missing, is one too many, or has another shape; the message

@@ -1,5 +1,6 @@
 """What the linen layers share: their mode, and statistics to track, gather, leave out."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -75,10 +76,8 @@ def gathering(
     module: nn.Module, names: Sequence[str], update_stats: bool
 ) -> list[nn.Variable]:
     """Returns what the layer has besides the statistics `names` while it gathers, or []."""
-    if module.is_initializing() or not update_stats:
-        return []
-    if not module.is_mutable_collection("batch_stats"):
-        return []
-    if not is_gathering(lambda name: module.has_variable("batch_stats", name)):
+    has = functools.partial(module.has_variable, "batch_stats")
+    mutable = module.is_mutable_collection("batch_stats") and not module.is_initializing()
+    if not (update_stats and mutable and is_gathering(has)):
         return []
     return [module.variable("batch_stats", name) for name in more_names(names)]

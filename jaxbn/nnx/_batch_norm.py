@@ -10,21 +10,21 @@ from flax import nnx
 from flax.nnx.nn import dtypes, initializers
 
 from jaxbn._flax.core_call import (
-    as_input,
+    as_inexact,
     call_batch_norm,
-    feature_sizes,
     stats_dtype,
+    variable_shape,
     zero_stats,
 )
 from jaxbn._flax.gathered_leaves import gathered_like
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Shape
-from jaxbn.nnx._norm import assign, gathering, training_of
+from jaxbn.nnx._norm import Switchable, assign, gathering, training_of
 
 _STATS = ("mean", "var")
 
 
-class BatchNorm(nnx.Module):
+class BatchNorm(Switchable):
     """Batch normalization with the arguments, variables and behaviour of Flax's NNX layer.
 
     States of `flax.nnx.BatchNorm` load into this layer, and the other way round.
@@ -159,8 +159,8 @@ class BatchNorm(nnx.Module):
                 those of the layer; mask or weights do not fit x.
         """
         training = training_of(self, use_running_average)
-        x = as_input(x, self.dtype)
-        features = feature_sizes(self.axis, x.shape)
+        x = as_inexact(x, self.dtype)
+        features = variable_shape(self.axis, x.shape)
         if features != _as_shape(self.num_features):
             raise ValueError(
                 f"x of shape {x.shape} has {_as_number(features)} features on "
@@ -191,17 +191,6 @@ class BatchNorm(nnx.Module):
             for name, leaf in zip((*_STATS, *more), jax.tree.leaves(state), strict=True):
                 assign(getattr(self, name), leaf)
         return y
-
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """Sets the mode of the layer, for `nnx.view`.
-
-        Args:
-          use_running_average: Whether x is normalized with the running statistics; None
-            to leave the mode as it is.
-        """
-        # `nnx.view_info` reads the text above, and knows an argument by two spaces.
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
 
 
 def _as_shape(num_features: int | Shape) -> Shape:

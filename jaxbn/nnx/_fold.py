@@ -6,14 +6,19 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._flax.core_call import result_dtype, stats_dtype
-from jaxbn._fold.affine import Affine, affine_of, settings_of, shifted
-from jaxbn._fold.kernels import fold as fold_arrays
-from jaxbn._fold.kernels import fold_into_next
-from jaxbn._fold.pairs import Path, find_layers
-from jaxbn._fold.tree import all_pairs, checked_pairs
+from jaxbn._flax.core_call import (
+    feature_axes_of,
+    positive,
+    result_dtype,
+    stats_dtype,
+)
+from jaxbn._fold.affine import Affine, as_affine
+from jaxbn._fold.kernels import fold_beside
+from jaxbn._fold.pairs import Path, find_layers, ordered_pairs
+from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, DTypeLike
-from jaxbn.nnx._norm import Norm, assign
+from jaxbn.nnx._norm import Norm, assign, trees_of
 
 M = TypeVar("M", bound=nnx.Module)
 _LINEAR = nnx.Linear, nnx.Conv, nnx.ConvTranspose
@@ -34,7 +39,7 @@ class Folded(nnx.Module):
                 "residual. Train the model from before fold; add the residual behind it."
             )
         others = (jnp.zeros((), dtype) for dtype in self.others)
-        return shifted(x, None, -1, result_dtype(self.dtype, x, *others))
+        return x.astype(result_dtype(self.dtype, x, *others))
 
 
 def fold(model: M, *, pairs: Sequence[Sequence[str]] | None = None) -> M:
@@ -71,10 +76,7 @@ def fold(model: M, *, pairs: Sequence[Sequence[str]] | None = None) -> M:
     copy = nnx.clone(model)
     variables = nnx.to_pure_dict(nnx.state(copy))
     layers = find_layers(variables)
-    given = all_pairs(variables, layers) if pairs is None else pairs
-    for first, second in checked_pairs(layers, given):
-        after = first in layers.linears
-        linear, norm = (first, second) if after else (second, first)
+    for linear, norm, after in ordered_pairs(variables, layers, pairs):
         try:
             _fold_pair(copy, layers.linears[linear], layers.norms[norm], after)
         except (TypeError, ValueError) as error:
@@ -89,54 +91,54 @@ def _fold_pair(model: nnx.Module, at_linear: Path, at_norm: Path, after: bool) -
             f"the layer is a {type(layer).__name__}. Only Linear, Conv and ConvTranspose "
             "are known; use jaxbn.fold on its arrays."
         )
-    kernel = layer.kernel[...]
+    kernel, mask = layer.kernel[...], getattr(layer, "mask", None)
+    if mask is not None:
+        kernel = kernel * jnp.asarray(mask, kernel.dtype)
     affine, folded = _affine(norm, kernel.ndim)
-    options: dict[str, Any] = {}
-    if getattr(layer, "transpose_kernel", False):
-        options |= {"in_axis": -1, "out_axis": -2}
-    bias = None if layer.bias is None else layer.bias[...]
-    if after:
-        new = fold_arrays(kernel, bias, affine, **options)
-    else:
-        mask = getattr(layer, "mask", None)
-        if mask is not None:
-            kernel = kernel * jnp.asarray(mask, kernel.dtype)
-        new = fold_into_next(
-            kernel,
-            bias,
-            affine,
-            padding=getattr(layer, "padding", None),
-            transposed=isinstance(layer, nnx.ConvTranspose),
-            groups=getattr(layer, "feature_group_count", 1),
-            **options,
-        )
-    assign(layer.kernel, new[0])
+    flipped = getattr(layer, "transpose_kernel", False)
+    kernel, bias = fold_beside(
+        kernel,
+        _value(layer.bias),
+        affine,
+        after=after,
+        padding=getattr(layer, "padding", None),
+        transposed=isinstance(layer, nnx.ConvTranspose),
+        groups=getattr(layer, "feature_group_count", 1),
+        **({"in_axis": -1, "out_axis": -2} if flipped else {}),
+    )
+    assign(layer.kernel, kernel)
     if layer.bias is None:
-        layer.bias = nnx.Param(new[1])
+        layer.bias = nnx.Param(bias)
         layer.use_bias = True
     else:
-        assign(layer.bias, new[1].astype(layer.bias[...].dtype))
+        assign(layer.bias, bias.astype(layer.bias[...].dtype))
     _put(model, at_norm, folded)
 
 
 def _affine(norm: Any, rank: int) -> tuple[Affine, Folded]:
     """Returns what a norm is in inference, and what takes its place."""
     if isinstance(norm, Norm):
-        bn = settings_of(norm.normalizer)
-        axes, epsilon, folded = bn.feature_axes, bn.epsilon, Folded(bn.dtype)
+        normalizer, (params, state, _) = norm.normalizer, trees_of(norm)
+        axes, folded = (
+            feature_axes_of(normalizer),
+            Folded(getattr(normalizer, "dtype", None)),
+        )
     else:
-        axes, epsilon = norm.axis, norm.epsilon
-        folded = Folded(norm.dtype, stats_dtype(norm.param_dtype))
+        normalizer = BatchNorm(epsilon=positive(norm.epsilon))
+        params = BatchNormParams(_value(norm.scale), _value(norm.bias))
+        state = BatchStats(_value(norm.mean), _value(norm.var))
+        axes, folded = norm.axis, Folded(norm.dtype, stats_dtype(norm.param_dtype))
     axes = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
     if axes not in ((-1,), (rank - 1,)):
         raise ValueError(
             f"the norm has axis={axes}, and the features of the layer lie on the last. "
             "Use jaxbn.fold on their arrays."
         )
-    arrays = (getattr(norm, name, None) for name in ("mean", "var", "scale", "bias"))
-    values: Any = (None if a is None else a[...] for a in arrays)
-    mean, var, scale, bias = values
-    return affine_of(mean, var, scale, bias, epsilon=epsilon), folded
+    return as_affine(params, state, normalizer), folded
+
+
+def _value(variable: Any) -> Any:
+    return None if variable is None else variable[...]
 
 
 def _at(model: Any, path: Path) -> Any:

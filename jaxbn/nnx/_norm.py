@@ -8,13 +8,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._accumulation.gather import Gather
-from jaxbn._flax.core_call import as_training, leaf_names
+from jaxbn._flax.core_call import as_training, kinds_of, leaf_names, with_leaves
 from jaxbn._flax.gathered_leaves import gathered_like, is_gathering, more_names
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._typing import Array
 
 
-class Norm(nnx.Module):
+class Switchable(nnx.Module):
+    """A layer whose mode `nnx.view` sets."""
+
+    use_running_average: bool | None
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Sets the mode of the layer, for `nnx.view`.
+
+        Args:
+          use_running_average: Whether x is normalized with the running statistics; None
+            to leave the mode as it is.
+        """
+        # `nnx.view_info` reads the text above, and knows an argument by two spaces.
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+class Norm(Switchable):
     """Any normalizer as an NNX module: renormalization, ghost batches, one of your own.
 
     The leaves of its params are `nnx.Param`, those of its state `nnx.BatchStat`, under
@@ -87,34 +104,26 @@ class Norm(nnx.Module):
             ValueError: use_running_average is given nowhere.
         """
         training = training_of(self, use_running_average)
-        kinds = jax.eval_shape(lambda: self.normalizer.init(self.num_features))
-        names = leaf_names(*kinds)
-        params, state = (
-            jax.tree.unflatten(
-                jax.tree.structure(kind), [getattr(self, name)[...] for name in group]
-            )
-            for kind, group in zip(kinds, names, strict=True)
-        )
-        more = gathering(self, names[1], update_stats)
-        normalizer: Any = self.normalizer
-        normalizer = Gather(normalizer) if more else normalizer
+        params, state, names = trees_of(self)
+        more = gathering(self, names, update_stats)
+        normalizer: Any = Gather(self.normalizer) if more else self.normalizer  # pyright: ignore
         state = gathered_like(state, [getattr(self, name)[...] for name in more])
         y, state = normalizer.apply(params, state, x, training, **options)
         if more or (training is not False and update_stats):
-            for name, leaf in zip([*names[1], *more], jax.tree.leaves(state), strict=True):
+            for name, leaf in zip([*names, *more], jax.tree.leaves(state), strict=True):
                 assign(getattr(self, name), leaf)
         return y
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """Sets the mode of the layer, for `nnx.view`.
 
-        Args:
-          use_running_average: Whether x is normalized with the running statistics; None
-            to leave the mode as it is.
-        """
-        # `nnx.view_info` reads the text above, and knows an argument by two spaces.
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
+def trees_of(module: Norm) -> tuple[Any, Any, list[str]]:
+    """Returns the params and the state of a layer, and the names of the state's leaves."""
+    kinds = kinds_of(module.normalizer, module.num_features, {})
+    names = leaf_names(*kinds)
+    params, state = (
+        with_leaves(kind, [getattr(module, name)[...] for name in group])
+        for kind, group in zip(kinds, names, strict=True)
+    )
+    return params, state, names[1]
 
 
 def training_of(module: Any, in_call: bool | Array | None) -> bool | Array:

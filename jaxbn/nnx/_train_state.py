@@ -68,11 +68,13 @@ def restore(module: T, saved: PyTree) -> T:
     this module before anything is changed.
 
     Args:
-        module: A `TrainState` or any other module.
-        saved: `nnx.to_pure_dict(nnx.state(module))` as it was saved, or an `nnx.State`.
+        module: A `TrainState` or any other module, also an abstract one from
+            `nnx.eval_shape`.
+        saved: What Orbax read of `nnx.state(module)` or of its `nnx.to_pure_dict`, or an
+            `nnx.State`.
 
     Returns:
-        `module`, which is updated in place.
+        `module`, which is updated in place and keeps its dtypes and shardings.
 
     Raises:
         ValueError: A leaf is missing, is one too many, or has another shape; the message

@@ -12,17 +12,41 @@ Example:
     >>> y, state = layer.apply(params, state, jnp.ones((8, 3)), training=True)
 """
 
-from jaxbn.tf1._batch_norm import UPDATE_OPS as UPDATE_OPS
-from jaxbn.tf1._batch_norm import batch_norm as batch_norm
-from jaxbn.tf1._batch_normalization import batch_normalization as batch_normalization
-from jaxbn.tf1._dropout import dropout as dropout
-from jaxbn.tf1._layer import Layer as Layer
-from jaxbn.tf1._moments import moments as moments
-from jaxbn.tf1._moments import normalize_moments as normalize_moments
-from jaxbn.tf1._moments import sufficient_statistics as sufficient_statistics
-from jaxbn.tf1._moments import weighted_moments as weighted_moments
-from jaxbn.tf1._moving_averages import ExponentialMovingAverage as ExponentialMovingAverage
-from jaxbn.tf1._moving_averages import MovingAverage as MovingAverage
-from jaxbn.tf1._moving_averages import assign_moving_average as assign_moving_average
-from jaxbn.tf1._normalization import fused_batch_norm as fused_batch_norm
-from jaxbn.tf1._normalization import nn_batch_normalization as nn_batch_normalization
+from jaxbn.tf1._batch_norm import UPDATE_OPS, batch_norm
+from jaxbn.tf1._batch_normalization import batch_normalization
+from jaxbn.tf1._dropout import dropout
+from jaxbn.tf1._layer import Layer
+from jaxbn.tf1._moments import (
+    moments,
+    normalize_moments,
+    sufficient_statistics,
+    weighted_moments,
+)
+from jaxbn.tf1._moving_averages import (
+    ExponentialMovingAverage,
+    MovingAverage,
+    assign_moving_average,
+)
+from jaxbn.tf1._normalization import fused_batch_norm, nn_batch_normalization
+
+__all__ = [
+    "UPDATE_OPS",
+    "ExponentialMovingAverage",
+    "Layer",
+    "MovingAverage",
+    "assign_moving_average",
+    "batch_norm",
+    "batch_normalization",
+    "dropout",
+    "fused_batch_norm",
+    "moments",
+    "nn_batch_normalization",
+    "normalize_moments",
+    "sufficient_statistics",
+    "weighted_moments",
+]
+
+# Pickles and tracebacks then name the public module, whichever file defines a class.
+for _name in __all__:
+    if hasattr(_value := globals()[_name], "__module__"):
+        _value.__module__ = __name__

@@ -1,13 +1,19 @@
-"""Arguments of TensorFlow, checked as it did and brought to the words of the core."""
+"""Checks the arguments of TensorFlow, and translates them into those of the core."""
 
-from collections.abc import Mapping
-from typing import Any
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 
+from jaxbn._compat import is_traced
 from jaxbn._layers.renorm_limits import RenormLimits, check_limits
-from jaxbn._typing import Array, is_traced
+from jaxbn._typing import Array
 
+ReducedAxes: TypeAlias = int | Sequence[int]
+
+# TensorFlow's smallest epsilon for the fused kernel; cuDNN refuses less than 1e-5.
+FUSED_EPSILON = 1.001e-5
 _LIMITS = {"rmin": "r_min", "rmax": "r_max", "dmax": "d_max"}
 _NO_LIMITS = RenormLimits(r_min=0.0, r_max=jnp.inf, d_max=jnp.inf)
 
@@ -23,16 +29,50 @@ def to_axes(axis: Any) -> int | tuple[int, ...]:
     return tuple(axes) if isinstance(axis, list) else axis
 
 
-def to_limits(renorm: bool, clipping: Mapping[str, Any] | None) -> RenormLimits | None:
-    """Returns the limits of renorm, where a missing one is none, or None without renorm."""
-    if not renorm:
-        return None
+DataFormat: TypeAlias = Literal["NHWC", "NCHW"]
+
+
+def feature_axis(data_format: DataFormat) -> int:
+    """Returns the axis of the channels."""
+    if data_format not in ("NHWC", "NCHW"):
+        raise ValueError(
+            f"data_format must be 'NHWC' or 'NCHW', got {data_format!r}. NHWC has the "
+            "features last and NCHW next to the batch, at any rank."
+        )
+    return 1 if data_format == "NCHW" else -1
+
+
+def axes_to_reduce(axes: ReducedAxes, ndim: int) -> tuple[int, ...]:
+    """Returns the axes to reduce, non-negative and ascending."""
+    try:
+        named = tuple(map(operator.index, axes if isinstance(axes, Sequence) else (axes,)))
+    except TypeError:
+        raise TypeError(
+            f"axes must be an int or a sequence of ints, got {axes!r}. Write axes=[0] for "
+            "the rows of a batch, axes=[0, 1, 2] for images."
+        ) from None
+    axes = tuple(sorted({axis % ndim for axis in named})) if ndim else ()
+    if len(axes) != len(named) or any(not -ndim <= axis < ndim for axis in named):
+        raise ValueError(
+            f"axes {named} are not different axes of x, whose rank is {ndim}. Choose them "
+            f"within [{-ndim}, {ndim - 1}], each once."
+        )
+    return axes
+
+
+def of_rank(array: Array, ndim: int) -> Array:
+    """Returns `array` at rank `ndim`, aligned from the right as TensorFlow broadcast."""
+    return array.reshape((1,) * (ndim - array.ndim) + array.shape)
+
+
+def to_limits(clipping: Mapping[str, Any] | None) -> RenormLimits:
+    """Returns the limits of renorm, where a missing one is none."""
     clipping = clipping or {}
     unknown = sorted(set(clipping) - set(_LIMITS))
     if unknown:
         raise ValueError(
             f"renorm_clipping may hold {', '.join(_LIMITS)}, got {', '.join(unknown)}. "
-            "Rename or drop what is not among them."
+            "Pass it as the layer was made with; rename or drop what is not among them."
         )
     limits = _NO_LIMITS._replace(**{_LIMITS[key]: value for key, value in clipping.items()})
     check_limits(limits)

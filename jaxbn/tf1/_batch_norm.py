@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jax.typing import ArrayLike
+
 from jaxbn._typing import Array, Initializer, Shape
-from jaxbn.tf1._arguments import check_decay, to_limits
-from jaxbn.tf1._axes import feature_axis
+from jaxbn.tf1._arguments import DataFormat, check_decay, feature_axis, to_limits
 from jaxbn.tf1._implementation import Settings
 from jaxbn.tf1._layer import Layer, Regularizer
 
@@ -28,9 +29,9 @@ def batch_norm(
     variables_collections: Any = None,
     outputs_collections: Any = None,
     trainable: bool = True,
-    batch_weights: Array | None = None,
+    batch_weights: ArrayLike | None = None,
     fused: bool | None = None,
-    data_format: str = "NHWC",
+    data_format: DataFormat = "NHWC",
     zero_debias_moving_mean: bool = False,
     scope: Any = None,
     renorm: bool = False,
@@ -117,7 +118,7 @@ def batch_norm(
             f"renorm=True comes with {' and '.join(given)}, which TensorFlow did not "
             "combine. Drop renorm, or leave these at their defaults."
         )
-    limits = to_limits(renorm, renorm_clipping)
+    limits = to_limits(renorm_clipping) if renorm else None
     fusable = not renorm and batch_weights is None and adjustment is None
     settings = Settings(
         axes=feature_axis(data_format),
@@ -130,7 +131,7 @@ def batch_norm(
         class_suffices=not given,
         zero_debias=zero_debias_moving_mean,
     )
-    if settings.path(2).legacy:
+    if settings.implementation(2).legacy:
         _warn_of_dropped(param_regularizers=param_regularizers, adjustment=adjustment)
     return Layer(
         settings=settings,

@@ -102,7 +102,7 @@ def batch_normalization(
             f"virtual_batch_size={virtual_batch_size} comes with an adjustment, which "
             "TensorFlow did not combine. Drop one of them."
         )
-    limits = to_limits(renorm, renorm_clipping)
+    limits = to_limits(renorm_clipping) if renorm else None
     fusable = not renorm and virtual_batch_size is None and adjustment is None
     settings = Settings(
         axes=to_axes(axis),

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 
+from jax.typing import ArrayLike
+
+from jaxbn._compat import is_traced
 from jaxbn._dropout import dropout as core_dropout
 from jaxbn._dtypes import as_float
-from jaxbn._typing import Array, Key, Shape, is_traced
+from jaxbn._typing import Array, Key, Shape
 
 
 def dropout(
     key: Key,
-    x: Array,
+    x: ArrayLike,
     keep_prob: float | Array | None = None,
     noise_shape: Sequence[int | None] | None = None,
     *,

@@ -1,4 +1,4 @@
-"""What computes a layer for inputs of one shape and dtype: a normalizer of the core."""
+"""Chooses the implementation that TensorFlow 1.15 used, and a normalizer equal to it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,27 +11,82 @@ from jaxbn._dtypes import at_least_float32
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
-from jaxbn._layers.ghost_batches import Groups
+from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._typing import Axes, Shape
-from jaxbn.tf1._paths import Path, choose_path, refuse_wide
+from jaxbn.tf1._arguments import FUSED_EPSILON
 from jaxbn.tf1._variables import BIASED, LOCAL_STEP, variable_shape
 
 _MOVING = ("moving_mean", "moving_variance")
 _RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 
 
-class Form(NamedTuple):
+class Implementation(NamedTuple):
+    """One implementation of batch normalization in TensorFlow 1.15.
+
+    Attributes:
+        fused: Whether the fused kernel ran: it tracked the unbiased variance, raised
+            epsilon to 1.001e-5 and took no float64.
+        layer_class: Whether the class behind `tf.layers` ran: it made no update operations
+            for `trainable=False`. The code of `tf.contrib` always made them.
+    """
+
+    fused: bool
+    layer_class: bool
+
+    @property
+    def legacy(self) -> bool:
+        """Whether this is contrib's unfused code.
+
+        It made its variables in the dtype of the inputs and knew neither regularizers nor
+        an adjustment.
+        """
+        return not self.fused and not self.layer_class
+
+    def floor(self, epsilon: float) -> float:
+        """Returns the epsilon that the kernel used."""
+        return max(epsilon, FUSED_EPSILON) if self.fused else epsilon
+
+
+def refuse_wide(dtype: jnp.dtype, remedy: str) -> None:
+    """Raises for a dtype that the fused kernel did not take."""
+    if dtype == jnp.float64:
+        raise TypeError(
+            f"the fused batch normalization of TensorFlow takes no {dtype}. {remedy}"
+        )
+
+
+def choose_implementation(
+    ndim: int, axes: tuple[int, ...], *, fused: bool, contrib: bool, class_suffices: bool
+) -> Implementation:
+    """Returns the implementation for inputs of rank `ndim` with the feature `axes`.
+
+    Args:
+        ndim: The rank of the inputs.
+        axes: The feature axes, non-negative.
+        fused: Whether the caller allows the fused kernel and no option rules it out.
+        contrib: Whether `tf.contrib.layers.batch_norm` was called.
+        class_suffices: Whether no option is used that the class of `tf.layers` lacked.
+    """
+    by_helper = contrib and fused and (ndim == 2 or (ndim == 4 and not class_suffices))
+    if by_helper or not class_suffices:
+        return Implementation(fused=by_helper, layer_class=False)
+    return Implementation(
+        fused=fused and ndim == 4 and axes in ((1,), (3,)), layer_class=True
+    )
+
+
+class ShapedLayer(NamedTuple):
     """A layer for inputs of one shape and dtype.
 
     Attributes:
-        path: Which implementation TensorFlow used.
+        implementation: Which implementation TensorFlow used.
         normalizer: What the core uses.
         features: The shape of the core's arrays.
         shape: That of TensorFlow's variables.
         dtype: Their dtype.
     """
 
-    path: Path
+    implementation: Implementation
     normalizer: Any
     features: Shape
     shape: Shape
@@ -67,12 +122,14 @@ class Settings:
     zero_debias: bool = False
 
     def __post_init__(self):
-        # The core refuses what it cannot compute with; better now than at the first batch.
-        self._normalizer(Path(fused=False, layer_class=True), jnp.dtype(jnp.float32))
+        # Built here so that invalid settings raise now and not at the first batch.
+        self._normalizer(
+            Implementation(fused=False, layer_class=True), jnp.dtype(jnp.float32)
+        )
 
-    def path(self, ndim: int) -> Path:
+    def implementation(self, ndim: int) -> Implementation:
         """Returns which implementation TensorFlow used for inputs of rank `ndim`."""
-        return choose_path(
+        return choose_implementation(
             ndim,
             canonical_axes(self.axes, (1,) * ndim),
             fused=self.fused,
@@ -80,11 +137,11 @@ class Settings:
             class_suffices=self.class_suffices,
         )
 
-    def form(self, shape: Shape, dtype: jnp.dtype) -> Form:
+    def for_inputs(self, shape: Shape, dtype: jnp.dtype) -> ShapedLayer:
         """Returns the layer for inputs of `shape` and `dtype`, or raises if it is none."""
         axes = canonical_axes(self.axes, shape)
-        path = self.path(len(shape))
-        if path.fused:
+        implementation = self.implementation(len(shape))
+        if implementation.fused:
             refuse_wide(dtype, "Pass fused=False.")
         virtual = self.virtual_batch_size is not None
         if virtual and 0 in axes:
@@ -93,10 +150,10 @@ class Settings:
                 f"but axis={self.axes} names it as a feature of inputs of shape {shape}. "
                 "Leave axis 0 out of it."
             )
-        dtype = dtype if path.legacy else at_least_float32(dtype)
-        return Form(
-            path=path,
-            normalizer=self._normalizer(path, dtype),
+        dtype = dtype if implementation.legacy else at_least_float32(dtype)
+        return ShapedLayer(
+            implementation=implementation,
+            normalizer=self._normalizer(implementation, dtype),
             features=feature_shape(self.axes, shape),
             shape=variable_shape(shape, axes, virtual),
             dtype=dtype,
@@ -105,31 +162,33 @@ class Settings:
     def check_batch(self, shape: Shape) -> None:
         """Raises unless the batch divides into ghost batches, in either mode."""
         if self.virtual_batch_size is not None:
-            Groups(self.virtual_batch_size).check(shape, reduction_axes(self.axes, shape))
+            GhostBatches(self.virtual_batch_size).check(
+                shape, reduction_axes(self.axes, shape)
+            )
 
-    def params_shapes(self, form: Form) -> dict[str, Shape]:
+    def params_shapes(self, layer: ShapedLayer) -> dict[str, Shape]:
         """Returns the names and shapes of the trained variables."""
         used = {"gamma": self.scale, "beta": self.center}
-        return {name: form.shape for name, use in used.items() if use}
+        return {name: layer.shape for name, use in used.items() if use}
 
     def state_shapes(
-        self, form: Form, state: Mapping[str, Any], debiases: bool
+        self, layer: ShapedLayer, state: Mapping[str, Any], debiases: bool
     ) -> dict[str, Shape]:
         """Returns the names and shapes of the tracked variables."""
         names = _MOVING if self.renorm_decay is None else _MOVING + _RENORM
-        shapes: dict[str, Shape] = dict.fromkeys(names, form.shape)
-        # Inference neither needs nor minds what debiases the moving mean.
+        shapes: dict[str, Shape] = dict.fromkeys(names, layer.shape)
+        # Inference takes a state with or without the variables of zero debiasing.
         if debiases or (self.zero_debias and BIASED in state):
-            shapes |= {BIASED: form.shape, LOCAL_STEP: ()}
+            shapes |= {BIASED: layer.shape, LOCAL_STEP: ()}
         return shapes
 
-    def _normalizer(self, path: Path, dtype: jnp.dtype) -> Any:
+    def _normalizer(self, implementation: Implementation, dtype: jnp.dtype) -> Any:
         layer = BatchNorm(
             feature_axes=self.axes,
-            epsilon=path.floor(self.epsilon),
+            epsilon=implementation.floor(self.epsilon),
             use_scale=self.scale,
             use_bias=self.center,
-            ddof=1 if path.fused else 0,
+            ddof=1 if implementation.fused else 0,
             param_dtype=dtype,
         )
         if self.renorm_decay is not None:

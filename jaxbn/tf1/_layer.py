@@ -1,4 +1,4 @@
-"""What `batch_normalization` and `batch_norm` return: a layer over named variables."""
+"""The layer over named variables that `batch_normalization` and `batch_norm` return."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,20 +6,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._dtypes import as_dtype, as_float
 from jaxbn._layers.batch_renorm import RenormStats
-from jaxbn._layers.normalizer import split_mode
+from jaxbn._layers.checks import split_mode
 from jaxbn._layers.renorm_limits import RenormLimits
+from jaxbn._norm_names import TENSORFLOW
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, DTypeLike, Initializer, Key, Shape
-from jaxbn.tf1._axes import of_rank
-from jaxbn.tf1._implementation import Form, Settings
+from jaxbn.tf1._arguments import of_rank
+from jaxbn.tf1._implementation import Settings, ShapedLayer
 from jaxbn.tf1._moving_averages import without_bias
 from jaxbn.tf1._variables import (
     BIASED,
     LOCAL_STEP,
-    NAMES,
     Variables,
     check_variables,
     in_shape,
@@ -47,6 +48,15 @@ class Layer:
         >>> y, state = layer.apply(params, state, x, training=True)
         >>> print(sorted(params), {name: str(array) for name, array in state.items()})
         ['beta', 'gamma'] {'moving_mean': '[1.]', 'moving_variance': '[1.]'}
+
+        A layer that is applied twice, and updated later, as from `UPDATE_OPS`:
+
+        >>> ya, _ = layer.apply(params, state, x, training=True)
+        >>> yb, _ = layer.apply(params, state, x + 4, training=True)
+        >>> state = layer.run_updates(params, state, x, training=True)
+        >>> state = layer.run_updates(params, state, x + 4, training=True)
+        >>> print(state["moving_mean"])
+        [3.75]
     """
 
     settings: Settings
@@ -58,7 +68,7 @@ class Layer:
     regularizers: Mapping[str, Regularizer | None]
     constraints: Mapping[str, Constraint | None] = dataclasses.field(default_factory=dict)
     adjustment: Callable[[Shape], tuple[Array, Array]] | None = None
-    batch_weights: Array | None = None
+    batch_weights: ArrayLike | None = None
     activation_fn: Callable[[Array], Array] | None = None
 
     def init(
@@ -83,24 +93,24 @@ class Layer:
         """
         dtype = as_dtype(dtype)
         assert dtype is not None
-        form = self.settings.form(tuple(shape), dtype)
+        shaped = self.settings.for_inputs(tuple(shape), dtype)
         initializers = {
-            f"{field}_init": in_shape(initializer, form.shape)
-            for field, name in NAMES.items()
+            f"{field}_init": in_shape(initializer, shaped.shape)
+            for field, name in TENSORFLOW.items()
             if (initializer := self.initializers.get(name)) is not None
         }
-        fields = form.normalizer.init(form.features, key=key, **initializers)
-        params, state = (to_variables(part, form.shape, form.dtype) for part in fields)
+        fields = shaped.normalizer.init(shaped.features, key=key, **initializers)
+        params, state = (to_variables(part, shaped.shape, shaped.dtype) for part in fields)
         if self._debiases(self.training):
-            state[BIASED] = jnp.zeros(form.shape, form.dtype)
-            state[LOCAL_STEP] = jnp.zeros((), form.dtype)
+            state[BIASED] = jnp.zeros(shaped.shape, shaped.dtype)
+            state[LOCAL_STEP] = jnp.zeros((), shaped.dtype)
         return params, state
 
     def apply(
         self,
         params: Variables,
         state: Variables,
-        x: Array,
+        x: ArrayLike,
         training: bool | Array | None = None,
     ) -> tuple[Array, Variables]:
         """Returns the normalized `x`, and the state after TensorFlow's update operations.
@@ -127,31 +137,31 @@ class Layer:
         training = self.training if training is None else training
         mode, _ = split_mode(training)
         x = as_float(x)
-        form = self.settings.form(x.shape, x.dtype)
+        shaped = self.settings.for_inputs(x.shape, x.dtype)
         self.settings.check_batch(x.shape)
         debiases = self._debiases(training)
-        check_variables("params", params, self.settings.params_shapes(form))
-        check_variables("state", state, self.settings.state_shapes(form, state, debiases))
+        check_variables("params", params, self.settings.params_shapes(shaped))
+        check_variables("state", state, self.settings.state_shapes(shaped, state, debiases))
 
         kind = BatchStats if self.limits is None else RenormStats
-        stats = to_fields(kind, state, form.features)
+        stats = to_fields(kind, state, shaped.features)
         if debiases:
-            # The average that training moves is not the one that inference reads.
+            # Training updates the biased average; inference reads the debiased one.
             stats = stats._replace(mean=jnp.where(training, state[BIASED], stats.mean))
-        trained = to_fields(BatchNormParams, params, form.features)
-        options = self._options(form, x, mode)
-        y, stats = form.normalizer.apply(trained, stats, x, training, **options)
+        trained = to_fields(BatchNormParams, params, shaped.features)
+        options = self._options(shaped, x, mode)
+        y, stats = shaped.normalizer.apply(trained, stats, x, training, **options)
         y = y if self.activation_fn is None else self.activation_fn(y)
-        if mode is False or (form.path.layer_class and not self.trainable):
+        if mode is False or (shaped.implementation.layer_class and not self.trainable):
             return y, state
-        updated = {**state, **to_variables(stats, form.shape, form.dtype)}
+        updated = {**state, **to_variables(stats, shaped.shape, shaped.dtype)}
         return y, self._debiased(state, updated, training) if debiases else updated
 
     def run_updates(
         self,
         params: Variables,
         state: Variables,
-        x: Array,
+        x: ArrayLike,
         training: bool | Array | None = None,
     ) -> Variables:
         """Returns the state after TensorFlow's update operations, without the output.
@@ -170,19 +180,6 @@ class Layer:
 
         Raises:
             TypeError, ValueError: As `apply` does.
-
-        Example:
-            >>> import jax.numpy as jnp
-            >>> from jaxbn import tf1
-            >>> layer = tf1.batch_norm(decay=0.5)
-            >>> params, state = layer.init((2, 1))
-            >>> a, b = jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0]])
-            >>> ya, _ = layer.apply(params, state, a)
-            >>> yb, _ = layer.apply(params, state, b)
-            >>> state = layer.run_updates(params, state, a)
-            >>> state = layer.run_updates(params, state, b)
-            >>> print(state["moving_mean"])
-            [3.5]
         """
         return self.apply(params, state, x, training)[1]
 
@@ -197,7 +194,7 @@ class Layer:
         Returns:
             A scalar.
         """
-        if self.settings.contrib and self.settings.path(ndim).legacy:
+        if self.settings.contrib and self.settings.implementation(ndim).legacy:
             return jnp.zeros(())
         losses = (
             regularizer(params[name])
@@ -226,7 +223,7 @@ class Layer:
         """Tells whether TensorFlow made variables for zero debiasing in this mode."""
         return self.settings.zero_debias and split_mode(training)[0] is not False
 
-    def _options(self, form: Form, x: Array, mode: bool | None) -> dict[str, Any]:
+    def _options(self, shaped: ShapedLayer, x: Array, mode: bool | None) -> dict[str, Any]:
         """Returns what this call of the normalizer of the core takes beyond the usual."""
         options: dict[str, Any] = {"momentum": self.decay}
         if self.limits is not None:
@@ -235,7 +232,7 @@ class Layer:
             return options
         if self.batch_weights is not None:
             options["weights"] = self.batch_weights
-        if self.adjustment is not None and not form.path.legacy:
+        if self.adjustment is not None and not shaped.implementation.legacy:
             pair = map(jnp.asarray, self.adjustment(x.shape))
             options["adjustment"] = tuple(of_rank(array, x.ndim) for array in pair)
         return options

@@ -1,21 +1,21 @@
-"""TensorFlow's moments of tensors, at once and by way of sums."""
+"""TensorFlow's moments of tensors, and the sums from which they follow."""
 
 import math
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._dtypes import as_float
-from jaxbn._kernels.barriers import as_input
 from jaxbn._statistics.moments import batch_moments
-from jaxbn._statistics.weights import hide_unweighted, prepare_weights
+from jaxbn._statistics.weights import prepare_weights
 from jaxbn._typing import Array
-from jaxbn.tf1._axes import ReducedAxes, canonical, of_rank
+from jaxbn.tf1._arguments import ReducedAxes, axes_to_reduce, of_rank
 
 
 def moments(
-    x: Array,
+    x: ArrayLike,
     axes: ReducedAxes,
-    shift: Array | None = None,
+    shift: ArrayLike | None = None,
     name: str | None = None,
     keep_dims: bool = False,
 ) -> tuple[Array, Array]:
@@ -47,9 +47,9 @@ def moments(
 
 
 def weighted_moments(
-    x: Array,
+    x: ArrayLike,
     axes: ReducedAxes,
-    frequency_weights: Array,
+    frequency_weights: ArrayLike,
     name: str | None = None,
     keep_dims: bool = False,
 ) -> tuple[Array, Array]:
@@ -87,18 +87,18 @@ def weighted_moments(
 def _moments(
     x: Array, weights: Array | None, axes: ReducedAxes, keep_dims: bool
 ) -> tuple[Array, Array]:
-    axes = canonical(axes, x.ndim)
+    axes = axes_to_reduce(axes, x.ndim)
     weights = prepare_weights(weights, x, axes)
-    mean, var, _ = batch_moments(as_input(hide_unweighted(x, weights)), weights, axes)
+    mean, var, _ = batch_moments(x, weights, axes)
     if keep_dims:
         mean, var = jnp.expand_dims(mean, axes), jnp.expand_dims(var, axes)
     return mean.astype(x.dtype), var.astype(x.dtype)
 
 
 def sufficient_statistics(
-    x: Array,
+    x: ArrayLike,
     axes: ReducedAxes,
-    shift: Array | None = None,
+    shift: ArrayLike | None = None,
     keep_dims: bool = False,
     name: str | None = None,
 ) -> tuple[Array, Array, Array, Array | None]:
@@ -130,7 +130,7 @@ def sufficient_statistics(
         2.0 [4.] [10.] None
     """
     x = as_float(x)
-    axes = canonical(axes, x.ndim)
+    axes = axes_to_reduce(axes, x.ndim)
     count = jnp.asarray(math.prod(x.shape[axis] for axis in axes), x.dtype)
     if shift is not None:
         shift = jnp.asarray(shift).astype(x.dtype)
@@ -140,10 +140,10 @@ def sufficient_statistics(
 
 
 def normalize_moments(
-    counts: Array,
-    mean_ss: Array,
-    variance_ss: Array,
-    shift: Array | None,
+    counts: ArrayLike,
+    mean_ss: ArrayLike,
+    variance_ss: ArrayLike,
+    shift: ArrayLike | None,
     name: str | None = None,
 ) -> tuple[Array, Array]:
     """`tf.nn.normalize_moments`: the moments from what `sufficient_statistics` returned.

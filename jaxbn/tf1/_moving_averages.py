@@ -1,4 +1,4 @@
-"""TensorFlow's moving averages: of variables, of tensors, and freed of their bias."""
+"""TensorFlow's moving averages of variables and of tensors, with zero debiasing."""
 
 import dataclasses
 from typing import NamedTuple
@@ -110,7 +110,7 @@ class ExponentialMovingAverage:
         Raises:
             ValueError: The trees differ.
         """
-        # What an update to 0 leaves of 1 is the decay of this update.
+        # Updating an average of 1 with 0 gives the decay of this update.
         one = _EMA.update(
             EmaState(jnp.ones(())), 0.0, decay=self.decay, num_updates=self.num_updates
         )

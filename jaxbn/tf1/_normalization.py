@@ -1,23 +1,23 @@
-"""TensorFlow's normalization of tensors by explicit moments."""
+"""TensorFlow's functions that normalize a tensor by given moments."""
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxbn._dtypes import as_float
-from jaxbn._kernels.affine import affine_map
-from jaxbn._kernels.barriers import as_input
+from jaxbn._kernels.normalize import normalize_aligned
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array
-from jaxbn.tf1._axes import feature_axis, of_rank
-from jaxbn.tf1._paths import Path, refuse_wide
+from jaxbn.tf1._arguments import DataFormat, feature_axis, of_rank
+from jaxbn.tf1._implementation import Implementation, refuse_wide
 
 
 def nn_batch_normalization(
-    x: Array,
-    mean: Array,
-    variance: Array,
-    offset: Array | None,
-    scale: Array | None,
+    x: ArrayLike,
+    mean: ArrayLike,
+    variance: ArrayLike,
+    offset: ArrayLike | None,
+    scale: ArrayLike | None,
     variance_epsilon: float,
     name: str | None = None,
 ) -> Array:
@@ -65,17 +65,17 @@ def nn_batch_normalization(
         ) from None
     x = jnp.broadcast_to(x, shape)
     aligned = (None if a is None else of_rank(a, len(shape)) for a in arrays)
-    return affine_map(as_input(x), *aligned, epsilon=variance_epsilon, dtype=None)  # pyright: ignore[reportArgumentType]
+    return normalize_aligned(x, *aligned, epsilon=variance_epsilon, dtype=None)
 
 
 def fused_batch_norm(
-    x: Array,
-    scale: Array,
-    offset: Array,
-    mean: Array | None = None,
-    variance: Array | None = None,
+    x: ArrayLike,
+    scale: ArrayLike,
+    offset: ArrayLike,
+    mean: ArrayLike | None = None,
+    variance: ArrayLike | None = None,
     epsilon: float = 0.001,
-    data_format: str = "NHWC",
+    data_format: DataFormat = "NHWC",
     is_training: bool = True,
     name: str | None = None,
 ) -> tuple[Array, Array, Array]:
@@ -130,8 +130,8 @@ def fused_batch_norm(
             f"is_training={is_training}. Training takes the moments of x, inference those "
             "that it is given."
         )
-    kernel = Path(fused=True, layer_class=False)
-    # With momentum 0 the new state is nothing but the moments of the batch.
+    kernel = Implementation(fused=True, layer_class=False)
+    # With momentum 0 the new state equals the moments of the batch.
     bn = BatchNorm(feature_axes=axis, momentum=0.0, epsilon=kernel.floor(epsilon), ddof=1)
     start = jnp.zeros(x.shape[axis])
     moments = BatchStats(

@@ -1,4 +1,4 @@
-"""TensorFlow's names and shapes of variables, and what they are in the core."""
+"""Translates between TensorFlow's variables and the NamedTuples of the core."""
 
 import functools
 from collections.abc import Mapping
@@ -6,20 +6,11 @@ from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
+from jaxbn._norm_names import TENSORFLOW
 from jaxbn._typing import Array, DTypeLike, Initializer, Shape
 
 Variables: TypeAlias = dict[str, Array]
 
-# The name of a variable for each field of a NamedTuple of the core.
-NAMES = {
-    "scale": "gamma",
-    "bias": "beta",
-    "mean": "moving_mean",
-    "var": "moving_variance",
-    "std": "moving_stddev",
-    "renorm_mean": "renorm_mean",
-    "renorm_std": "renorm_stddev",
-}
 BIASED, LOCAL_STEP = "moving_mean/biased", "moving_mean/local_step"
 
 
@@ -33,14 +24,16 @@ def variable_shape(shape: Shape, axes: tuple[int, ...], virtual: bool) -> Shape:
 
 def to_fields(kind: Any, variables: Mapping[str, Array], features: Shape) -> Any:
     """Returns the NamedTuple `kind` of the core that holds `variables`."""
-    found = (variables.get(NAMES.get(field, "")) for field in kind._fields)
+    found = (variables.get(TENSORFLOW.get(field, "")) for field in kind._fields)
     return kind(*(None if v is None else jnp.asarray(v).reshape(features) for v in found))
 
 
 def to_variables(fields: Any, shape: Shape, dtype: DTypeLike) -> Variables:
     """Returns the arrays of a NamedTuple of the core under TensorFlow's names."""
     present = {k: array for k, array in fields._asdict().items() if array is not None}
-    return {NAMES[k]: array.reshape(shape).astype(dtype) for k, array in present.items()}
+    return {
+        TENSORFLOW[k]: array.reshape(shape).astype(dtype) for k, array in present.items()
+    }
 
 
 def in_shape(initializer: Initializer, shape: Shape) -> Initializer:

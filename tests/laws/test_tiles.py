@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
@@ -39,9 +39,9 @@ def test_the_sums_are_those_over_axes(shape, axes, dtype, small_tiles):
         wide = d.astype(jnp.float32)
         return wide * (x.astype(jnp.float32) - vector), wide
 
-    tiling = _tiles.tiling(x, axes, 2)
-    assert tiling is not None
-    got = jax.jit(lambda *arrays: _tiles.sums(products, tiling, arrays, (vector,)))(x, d)
+    cut = _tiles.cut_of(shape, axes, 2)
+    assert cut is not None
+    got = jax.jit(lambda *arrays: _tiles.sums(products, cut, arrays, (vector,)))(x, d)
     x, d, vector = (np.asarray(array, np.float64) for array in (x, d, vector))
     want = (d * (x - vector)).sum(axes, keepdims=True), d.sum(axes, keepdims=True)
     for ours, theirs in zip(got, want, strict=True):
@@ -110,8 +110,9 @@ def test_the_layer_in_every_mode(mode, remat, dtype, small_tiles):
         loss = jax.checkpoint(loss) if remat else loss
         return jax.grad(loss, (0, 1, 2))(x, scale, bias)
 
-    assert "scan[" in str(jax.make_jaxpr(lambda *xd: mode(gradients, *xd))(x, d))
-    got = jax.jit(lambda *xd: mode(gradients, *xd))(x, d)
+    program = jax.jit(lambda *xd: mode(gradients, *xd)).lower(x, d)
+    assert program.as_text().count("stablehlo.while") > (mode is scan)
+    got = program.compile()(x, d)
     want = truth(x, d, scale, bias, bn.epsilon)
     near = 1e-3 if dtype == "float16" else 1e-5
     np.testing.assert_allclose(got[0], want[0], rtol=near, atol=near)
@@ -137,9 +138,10 @@ def test_the_second_derivative_of_a_linear_loss(small_tiles):
 @pytest.mark.parametrize("activation", [None, jax.nn.relu])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_one_device_reads_large_arrays_once(activation, dtype, devices, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: devices)
+def test_a_program_for_one_device_reads_large_arrays_once(activation, dtype, devices):
+    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,))
     x = jnp.ones((64, 32, 32, 64), dtype)
+    x = jax.device_put(x, NamedSharding(mesh, P("data")))
     bn = jaxbn.BatchNorm(activation=activation)
     params, state = bn.init(64)
 
@@ -148,10 +150,9 @@ def test_one_device_reads_large_arrays_once(activation, dtype, devices, monkeypa
         y, pull, _ = jax.vjp(apply, params, x, has_aux=True)
         return y, pull(d)
 
-    jax.clear_caches()
     program = jax.jit(gradient).lower(params, x, x).compile()
     tiles = devices == 1 and (dtype, 2) in _tiles.LARGE
     assert (" while(" in program.as_text()) == tiles
     fuses_sums = jax.__version_info__ >= (0, 10) and dtype != "float16"
-    if tiles or fuses_sums:
-        assert program.memory_analysis().temp_size_in_bytes <= 0.04 * x.nbytes
+    if tiles or (fuses_sums and activation is None):
+        assert program.memory_analysis().temp_size_in_bytes <= 0.04 * x.nbytes / devices

@@ -8,27 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxbn._norm_names import names_of_role
 from jaxbn._param_roles import names_of
 from jaxbn._typing import PyTree
 
-Path = tuple[str, ...]
+Names = tuple[str, ...]
 
-# The endings under which frameworks store each array; "/" stands for a node of the tree.
-_ENDINGS = {
-    "mean": ("mean", "running_mean", "moving_mean", "mean_ema/average"),
-    "var": ("var", "running_var", "moving_variance", "var_ema/average"),
-    "scale": ("scale", "weight", "gamma"),
-    "bias": ("bias", "offset", "beta"),
-    "weight": ("weight",),
-    "std": ("std",),
-    "steps": ("num_batches_tracked", "mean_ema/counter"),
-}
-# A node that torch, keras and Haiku name a layer by, without a node for the statistic.
+# PyTorch joins the names of a path with dots, Keras and Haiku with slashes.
 _SPLIT = re.compile(r"[./]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class NormArrays:
     """A normalization layer: its arrays in float64 without axes, and where they are.
 
     `leaves` holds the number of each array among the leaves of the whole tree.
@@ -53,7 +44,7 @@ class Layer:
         return self.arrays["var"]
 
 
-def find_layers(tree: PyTree) -> list[Layer]:
+def find_norms(tree: PyTree) -> list[NormArrays]:
     """Returns the layers with running statistics, in the natural order of their names.
 
     Raises:
@@ -65,19 +56,22 @@ def find_layers(tree: PyTree) -> list[Layer]:
     index = {path: i for path, i in index.items() if path}
     arrays = [leaf for _, leaf in pairs]
     parents = {
-        base for path in index if (base := _without(path, _ENDINGS["mean"])) is not None
+        base
+        for path in index
+        if (base := _without(path, names_of_role("mean"))) is not None
     }
     layers = []
     for base in parents:
         leaves = _statistics(base, index)
-        if leaves is None or _shape(arrays[leaves["mean"]]) != _shape(
-            arrays[leaves["var"]]
-        ):
+        if leaves is None:
             continue
-        trunk, params = _params(base, index, arrays, _shape(arrays[leaves["mean"]]))
+        shape = np.shape(arrays[leaves["mean"]])
+        if shape != np.shape(arrays[leaves["var"]]):
+            continue
+        trunk, params = _params(base, index, arrays, shape)
         leaves |= params
         found = {field: _as_float64(arrays[i], base) for field, i in leaves.items()}
-        layers.append(Layer(_name(base, trunk), found, leaves))
+        layers.append(NormArrays(_name(base, trunk), found, leaves))
     if not layers:
         raise ValueError(
             f"found no running mean and variance among {len(index)} arrays"
@@ -87,32 +81,32 @@ def find_layers(tree: PyTree) -> list[Layer]:
     return sorted(layers, key=lambda layer: _natural(layer.name))
 
 
-def _statistics(base: Path, index: Mapping[Path, int]) -> dict[str, int] | None:
+def _statistics(base: Names, index: Mapping[Names, int]) -> dict[str, int] | None:
     """Returns what lies beside a running mean, or None without a variance."""
     leaves = {}
-    for field in ("mean", "var", "std", "steps"):
-        number = _lookup(base, _ENDINGS[field], index)
+    for field in ("mean", "var", "std", "count"):
+        number = _lookup(base, names_of_role(field), index)
         if number is not None:
             leaves[field] = number
-    # Torch's weight is its scale, and lies beside running_mean; ours beside mean.
+    # Beside `mean`, `weight` is that of BatchStats; beside `running_mean`, PyTorch's scale.
     if (*base, "mean") in index and (*base, "weight") in index:
         leaves["weight"] = index[*base, "weight"]
     return leaves if leaves.keys() >= {"mean", "var"} else None
 
 
 def _params(
-    base: Path, index: Mapping[Path, int], arrays: list[Any], shape: tuple[int, ...]
-) -> tuple[Path, dict[str, int]]:
+    base: Names, index: Mapping[Names, int], arrays: list[Any], shape: tuple[int, ...]
+) -> tuple[Names, dict[str, int]]:
     """Returns scale and bias, beside the statistics or at the same place elsewhere.
 
     Collections, such as params and batch_stats, differ in one node of the path.
     """
     own = base[:-1] if base[-1:] == ("~",) else base
-    scales = ("scale",) if (*base, "mean") in index else _ENDINGS["scale"]
+    scales = ("scale",) if (*base, "mean") in index else names_of_role("scale")
     for trunk in (own, *(path for path in _parents(index) if _is_twin(path, own))):
         found = {
             "scale": _lookup(trunk, scales, index),
-            "bias": _lookup(trunk, _ENDINGS["bias"], index),
+            "bias": _lookup(trunk, names_of_role("bias"), index),
         }
         leaves = {field: i for field, i in found.items() if i is not None}
         if leaves and all(np.size(arrays[i]) == np.prod(shape) for i in leaves.values()):
@@ -120,31 +114,33 @@ def _params(
     return own, {}
 
 
-def _name(base: Path, trunk: Path) -> str:
+def _name(base: Names, trunk: Names) -> str:
     """Returns the path of a layer without the node that says params or statistics."""
     common = [a for a, b in zip(base, trunk, strict=False) if a == b and a != "batch_stats"]
     return "/".join(common) or "model"
 
 
-def _is_twin(path: Path, base: Path) -> bool:
+def _is_twin(path: Names, base: Names) -> bool:
     return len(path) == len(base) and sum(map(str.__ne__, path, base)) == 1
 
 
-def _parents(index: Mapping[Path, int]) -> list[Path]:
+def _parents(index: Mapping[Names, int]) -> list[Names]:
     every = dict.fromkeys(
         path[:-1] for path in index if path[-1] in ("scale", "bias", "offset")
     )
     return sorted(every, key=lambda path: (path[:1] != ("params",), path))
 
 
-def _lookup(base: Path, endings: tuple[str, ...], index: Mapping[Path, int]) -> int | None:
+def _lookup(
+    base: Names, endings: tuple[str, ...], index: Mapping[Names, int]
+) -> int | None:
     for ending in endings:
         if (number := index.get((*base, *ending.split("/")))) is not None:
             return number
     return None
 
 
-def _without(path: Path, endings: tuple[str, ...]) -> Path | None:
+def _without(path: Names, endings: tuple[str, ...]) -> Names | None:
     for ending in endings:
         tail = tuple(ending.split("/"))
         if path[-len(tail) :] == tail:
@@ -152,17 +148,13 @@ def _without(path: Path, endings: tuple[str, ...]) -> Path | None:
     return None
 
 
-def _split(names: Path) -> Path:
+def _split(names: Names) -> Names:
     """Returns the nodes of a path, those within a flat name and a tensor's :0 included."""
     nodes = [node for name in names for node in _SPLIT.split(name.removesuffix(":0"))]
     return tuple(node for node in nodes if node)
 
 
-def _shape(array: Any) -> tuple[int, ...]:
-    return np.shape(array)
-
-
-def _as_float64(array: Any, base: Path) -> np.ndarray:
+def _as_float64(array: Any, base: Names) -> np.ndarray:
     kind = type(array).__name__
     try:
         array = np.asarray(array)

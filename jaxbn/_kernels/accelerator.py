@@ -1,0 +1,233 @@
+"""The formulations for GPUs and TPUs, and for whatever is small: plain, in one reading.
+
+XLA fuses all sums over one array into one kernel there ("multi-output fusion"), so nothing
+has to be kept apart, and a conditional would make a GPU wait for the host.
+"""
+
+import functools
+import math
+import operator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn._dtypes import upcast
+from jaxbn._kernels.compensated import settled, two_sum
+from jaxbn._sharding import broadcast_like, unsplit_axes
+from jaxbn._typing import Array, Axes, DTypeLike
+
+Triple = tuple[Array, Array, Array]
+
+# Bytes of a small array. It stays in the nearest cache of a CPU, where a barrier costs more
+# than it saves, and on an accelerator a sample of it costs as much as all of it.
+SMALL = 1 << 16
+# The sample holds at least 1/32 of x. If its mean is off by d, then var >= d^2 / 32, so at
+# most 5 bits cancel in E[d^2] - E[d]^2.
+SPARSENESS = 32
+# The sampled rows still divide evenly over up to 256 devices; on more, XLA may have to
+# reshard them.
+MANY = 256
+
+
+class Reduction(NamedTuple):
+    """Operands of the moments of `x`; `count` is the total weight of each feature."""
+
+    x: Array
+    weights: Array | None
+    count: Array | None
+
+
+class Map(NamedTuple):
+    """Operands of (x - mean) slope + offset + residual; the vectors broadcast to x."""
+
+    x: Array
+    mean: Array
+    slope: Array
+    offset: Array | None
+    residual: Array | None
+
+
+class MapTangent(NamedTuple):
+    """Operands of the tangent of the map, which is linear in those called tangents.
+
+    A ReLU behind the map is open where `y` is positive, or, without y, where the map with
+    `offset` is; without both there is none.
+    """
+
+    x: Array
+    mean: Array
+    slope: Array
+    offset: Array | None
+    y: Array | None
+    x_tangent: Array | None
+    slope_tangent: Array | None
+    offset_tangent: Array | None
+    residual_tangent: Array | None
+
+
+class Sums(NamedTuple):
+    """Operands of the sums of t and of t (x - mean), in which `t` is linear.
+
+    With `slope` and `offset`, t counts where a ReLU behind the map is open.
+    """
+
+    x: Array
+    mean: Array
+    slope: Array | None
+    offset: Array | None
+    weights: Array | None
+    t: Array
+
+
+class MapSettings(NamedTuple):
+    """The static part of a map."""
+
+    relu: bool
+    dtype: DTypeLike
+
+
+def is_small(x: Any) -> bool:
+    """Tells whether `x` is known to be small; a symbolic size is not."""
+    return has_known_size(x) and x.size * x.dtype.itemsize < SMALL
+
+
+def has_known_size(x: Any) -> bool:
+    """Tells whether all sizes of `x` are numbers."""
+    return all(isinstance(size, int) for size in x.shape)
+
+
+def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
+    """Returns the mean, what its rounding left out, and the biased variance.
+
+    Sums deviations from the mean of a sample, and their squares, in one reading of x.
+    Weighted arrays, of which a sample may hold nothing, are read twice.
+    """
+    if of.weights is not None or is_small(of.x) or not has_known_size(of.x):
+        return two_pass(axes, of, whole)
+    shift = sample_mean(axes, of.x)
+    return around(axes, of, shift, upcast(of.x) - shift)
+
+
+def two_pass(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
+    """Sums x, then deviations from its mean, which rounding leaves, and their squares."""
+    shift = settled(mean_of(axes, of, upcast(of.x)))
+    return around(axes, of, shift, upcast(of.x) - shift)
+
+
+def around(axes: tuple[int, ...], of: Reduction, shift: Array, deviation: Array) -> Triple:
+    """Returns the moments of x, given its deviations from a shift near the mean."""
+    return combined(
+        shift, mean_of(axes, of, deviation), mean_of(axes, of, deviation, deviation)
+    )
+
+
+def combined(shift: Array, slip: Array, spread: Array) -> Triple:
+    """Returns the moments of x, given the mean deviation from `shift` and its square."""
+    slip = settled(slip)
+    return *two_sum(shift, slip), lax.max(spread - slip * slip, lax.full_like(spread, 0))
+
+
+def sample_mean(axes: tuple[int, ...], x: Array) -> Array:
+    """Returns the mean of a sample of x, with its last bits cleared."""
+    sample = sample_of(axes, x)
+    return settled(mean_of(axes, Reduction(sample, None, None), upcast(sample)))
+
+
+def mean_of(
+    axes: tuple[int, ...], of: Reduction, values: Array, times: Array | None = None
+) -> Array:
+    """Returns the weighted mean of `values`, or of values times `times`, and 0 of nothing.
+
+    The weight comes first in the product: 0 times a square that overflowed is NaN.
+    """
+    weighted = values if of.weights is None else values * of.weights
+    total = total_of(weighted if times is None else weighted * times, axes)
+    return total / divisor(count_of(axes, of))
+
+
+def total_of(x: Array, axes: tuple[int, ...]) -> Array:
+    """Returns the sum of x over `axes`, which stay with size 1."""
+    return lax.expand_dims(lax.reduce_sum(x, axes=axes), axes)
+
+
+def count_of(axes: tuple[int, ...], of: Reduction) -> Array | int:
+    """Returns the total weight of every feature; a number where there are no weights."""
+    return number_of_elements(of.x, axes) if of.count is None else of.count
+
+
+def number_of_elements(x: Array, axes: tuple[int, ...]) -> Array | int:
+    """Returns how many elements a sum of x over `axes` has; an array if that is symbolic."""
+    size = math.prod(x.shape[axis] for axis in axes)
+    return size if isinstance(size, int) else jnp.asarray(size, upcast(x).real.dtype)
+
+
+def divisor(count: Any) -> Any:
+    """Returns what to divide a sum by: `count`, or 1 where nothing was summed."""
+    if isinstance(count, int):
+        return max(count, 1)
+    return jnp.where(count > 0, count, jnp.ones_like(count))
+
+
+def sample_of(axes: tuple[int, ...], x: Array) -> Array:
+    """Returns a part of `x`, cut so that a batch spread over devices need not move.
+
+    The first axis is that of the batch, and only cut if there is no other.
+    """
+    free = unsplit_axes(x, axes)
+    if len(axes) == 1 and free:
+        (axis,) = axes
+        step = max(math.gcd(x.shape[axis], SPARSENESS * MANY) // MANY, 1)
+        shape = *x.shape[:axis], x.shape[axis] // step, step, *x.shape[axis + 1 :]
+        return lax.index_in_dim(x.reshape(shape), 0, axis + 1, keepdims=False)
+    limits, sparseness = list(x.shape), SPARSENESS
+    for axis in axes[1:]:
+        if axis in free:
+            step = min(x.shape[axis], sparseness)
+            limits[axis] = -(-x.shape[axis] // step)
+            sparseness //= step
+    return lax.slice(x, [0] * x.ndim, limits)
+
+
+def normalize(settings: MapSettings, of: Map, whole: bool) -> tuple[Array]:
+    """Returns the map of x, with its ReLU."""
+    y = before_relu(of.x, of.mean, of.slope, of.offset)
+    y = y if of.residual is None else y + of.residual.astype(y.dtype)
+    return ((jnp.maximum(y, 0) if settings.relu else y).astype(settings.dtype),)
+
+
+def before_relu(x: Array, mean: Array, slope: Array, offset: Array | None) -> Array:
+    """Returns (x - mean) slope + offset."""
+    y = (x.astype(slope.dtype) - mean) * slope
+    return y if offset is None else y + offset
+
+
+def normalize_tangent(dtype: DTypeLike, of: MapTangent, whole: bool) -> tuple[Array]:
+    """Returns the tangent of the map, behind its ReLU."""
+    wide, parts = of.slope.dtype, []
+    if of.slope_tangent is not None:
+        parts.append((of.x.astype(wide) - of.mean) * of.slope_tangent)
+    if of.x_tangent is not None:
+        parts.append(of.x_tangent.astype(wide) * of.slope)
+    if of.residual_tangent is not None:
+        parts.append(of.residual_tangent.astype(wide))
+    if of.offset_tangent is not None:
+        parts.append(broadcast_like(of.offset_tangent, of.x))
+    return (opened(of, functools.reduce(operator.add, parts)).astype(dtype),)
+
+
+def opened(of: MapTangent | Sums, t: Array) -> Array:
+    """Returns `t` where the ReLU of the map is open, and 0 elsewhere."""
+    y = getattr(of, "y", None)
+    if y is None:
+        if of.slope is None or of.offset is None:
+            return t
+        y = before_relu(of.x, of.mean, of.slope, of.offset)
+    return lax.select(y > 0, t, lax.full_like(t, 0))
+
+
+def sums(axes: Axes, of: Sums, whole: bool) -> tuple[Array, Array]:
+    """Returns the sum of t and that of t (x - mean)."""
+    t = opened(of, upcast(of.t))
+    t = t if of.weights is None else t * of.weights
+    return total_of(t, axes), total_of((upcast(of.x) - of.mean) * t, axes)

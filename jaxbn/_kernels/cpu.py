@@ -1,0 +1,135 @@
+"""The formulations for CPUs, where XLA reads x again for every sum over whole axes.
+
+Such a sum runs at the speed of memory if XLA makes one fusion of it and of all that it reads
+("__ynn_fusion"), and it gives that up when something else reads the same intermediate value:
+float32 from bfloat16, x minus its mean. So every sum reads x behind an optimization barrier
+of its own, which XLA removes only after fusing. Worth 2 to 8 times the speed of a pass in
+bfloat16 and 1.3 in float32 (docs/performance.md); costs some equations and no compile time.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn._dtypes import upcast
+from jaxbn._kernels import accelerator, tiles
+from jaxbn._kernels.accelerator import (
+    Map,
+    MapSettings,
+    Reduction,
+    Sums,
+    Triple,
+    combined,
+    is_small,
+    mean_of,
+    opened,
+)
+from jaxbn._kernels.compensated import settled
+from jaxbn._typing import Array
+
+# Use E[x^2] - E[x]^2 only while mean^2 <= 16 var, where at most 4 bits cancel.
+ILL_CONDITIONED = 16.0
+
+
+def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
+    """Returns the mean, what its rounding left out, and the biased variance.
+
+    Sums x and its square, and reads x again where that has lost digits. Sums of values are
+    2.5 times as fast here as sums of differences, which a shift would need. The conditional
+    costs about 3 % of the compile time of a ResNet-50.
+    """
+    if is_small(of.x):
+        return accelerator.two_pass(axes, of, whole)
+    cut = tiles.cut(of.x, axes, 1) if whole and of.weights is None else None
+    if cut is not None:
+        return _tiled_moments(axes, of, cut)
+    first, second = _apart(of, 2)
+    mean = mean_of(axes, first, upcast(first.x))
+    square = mean_of(axes, second, upcast(second.x), upcast(second.x))
+    squared = mean * mean
+    well = jnp.all(squared <= ILL_CONDITIONED * (square - squared))
+    shift = settled(mean)
+
+    def again() -> tuple[Array, Array]:
+        first, second = _apart(of, 2)
+        slip = mean_of(axes, first, upcast(first.x) - shift)
+        deviation = upcast(second.x) - shift
+        return slip, mean_of(axes, second, deviation, deviation)
+
+    slip, spread = lax.cond(well, lambda: (mean, square), again)
+    return combined(lax.select(well, lax.full_like(shift, 0), shift), slip, spread)
+
+
+def _tiled_moments(axes: tuple[int, ...], of: Reduction, cut: tiles.Cut) -> Triple:
+    """Sums deviations from the mean of a sample, and their squares, in one reading."""
+    shift = accelerator.sample_mean(axes, of.x)
+
+    def powers(x: Array, shift: Array) -> tuple[Array, Array]:
+        deviation = upcast(x) - shift
+        return deviation, deviation * deviation
+
+    totals = tiles.sums(powers, cut, (of.x,), (shift,))
+    count = accelerator.divisor(accelerator.count_of(axes, of))
+    return combined(shift, *(total / count for total in totals))
+
+
+def normalize(settings: MapSettings, of: Map, whole: bool) -> tuple[Array]:
+    """Returns the map of x, with its ReLU."""
+    if not is_small(of.x):
+        # Without the barrier XLA divides by the standard deviation for every element.
+        mean, slope, offset = (_behind_barrier(v) for v in (of.mean, of.slope, of.offset))
+        of = of._replace(mean=mean, slope=slope, offset=offset)
+    return accelerator.normalize(settings, of, whole)
+
+
+def sums(axes: tuple[int, ...], of: Sums, whole: bool) -> tuple[Array, Array]:
+    """Returns the sum of t and that of t (x - mean)."""
+    if is_small(of.x):
+        return accelerator.sums(axes, of, whole)
+    cut = tiles.cut(of.x, axes, 2) if whole and of.weights is None else None
+    if cut is not None:
+        return _tiled_sums(of, cut)
+    if of.offset is not None:
+        # A ReLU's mask fuses with no sum, so the masked gradient is stored once.
+        of = of._replace(t=_behind_barrier(opened(of, of.t)), slope=None, offset=None)
+    first, second = _apart(of, 2)
+    return (
+        accelerator.sums(axes, first, whole)[0],
+        accelerator.sums(axes, second, whole)[1],
+    )
+
+
+def _tiled_sums(of: Sums, cut: tiles.Cut) -> tuple[Array, Array]:
+    """Takes both sums in one reading, and the ReLU's mask on the way."""
+    names = [name for name in ("mean", "slope", "offset") if getattr(of, name) is not None]
+
+    def products(x: Array, t: Array, *vectors: Array) -> tuple[Array, Array]:
+        values = dict(zip(names, vectors, strict=True))
+        part = of._replace(x=x, t=upcast(t), **values)
+        t = opened(part, part.t)
+        return t, (upcast(x) - part.mean) * t
+
+    vectors = tuple(getattr(of, name) for name in names)
+    return tiles.sums(products, cut, (of.x, of.t), vectors)
+
+
+def _apart(of: Any, count: int) -> list[Any]:
+    """Returns the operands `count` times, each as values that XLA has not seen before.
+
+    XLA merges identical barriers (CSE), so the k-th one is nested k deep. Sums of float16
+    are not fused in any case.
+    """
+    if of.x.dtype == jnp.float16:
+        return [of] * count
+    depths = []
+    for depth in range(1, count + 1):
+        seen = of
+        for _ in range(depth):
+            seen = lax.optimization_barrier(seen)
+        depths.append(seen)
+    return depths
+
+
+def _behind_barrier(array: Array | None) -> Array | None:
+    return None if array is None else lax.optimization_barrier(array)

@@ -1,0 +1,147 @@
+"""Operations on arrays of x's size, with a formulation of their own for each platform.
+
+JAX sees an operation as one equation, with the derivative that is given for it. Which
+formulation runs is decided when a program is lowered: then the platform is known, and
+whether arrays are whole or parts of sharded ones; only the one that runs is traced.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._compat import Primitive, ad, batching, is_for_one_device, mlir
+from jaxbn._typing import Array
+
+# A formulation takes the static part, the operands (a NamedTuple of arrays, with None for
+# an absent one), and whether the arrays are whole.
+Formulation = Callable[[Any, Any, bool], tuple[Array, ...]]
+
+
+class Operation:
+    """A function `(static, operands) -> arrays` that JAX traces as one equation.
+
+    Args:
+        name: What programs printed by JAX call it.
+        types: The types of the results, given the static part and those of the operands.
+        default: The formulation for every platform that has none of its own.
+        platforms: Further formulations by platform.
+        batched: Returns the static part for operands with one more axis in front.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        types: Callable[[Any, Any], tuple[Any, ...]],
+        default: Formulation,
+        platforms: Mapping[str, Formulation],
+        batched: Callable[[Any], Any] = lambda static: static,
+    ):
+        self._default = default
+        self._batched = batched
+        self._primitive = primitive = Primitive(f"jaxbn_{name}")
+        primitive.multiple_results = True
+
+        @primitive.def_impl  # only under jax.disable_jit
+        def _(*leaves, tree, static):
+            return default(static, tree.unflatten(leaves), True)
+
+        @primitive.def_abstract_eval
+        def _(*leaves, tree, static):
+            return types(static, tree.unflatten(leaves))
+
+        mlir.register_lowering(primitive, _lowering(default))
+        for platform, formulation in platforms.items():
+            mlir.register_lowering(primitive, _lowering(formulation), platform=platform)
+        batching.primitive_batchers[primitive] = self._batch
+
+    def __call__(self, static: Any, operands: Any) -> tuple[Array, ...]:
+        """Returns the results; `static` must be hashable."""
+        leaves, tree = jax.tree.flatten(operands)
+        return tuple(self._primitive.bind(*leaves, tree=tree, static=static))
+
+    def def_tangent(self, rule: Callable[[Any, Any, Any], tuple[Any, Any]]) -> None:
+        """Sets the derivative: `rule(static, operands, tangents) -> (results, tangents)`.
+
+        Tangents of operands that do not move are None.
+        """
+
+        def jvp(leaves, tangents, *, tree, static):
+            moving = [None if isinstance(t, ad.Zero) else t for t in tangents]
+            return rule(static, tree.unflatten(leaves), tree.unflatten(moving))
+
+        ad.primitive_jvps[self._primitive] = jvp
+
+    def def_linear_in(self, names: Sequence[str]) -> None:
+        """Sets the derivative of an operation that is linear in the operands `names`.
+
+        What moves of the other operands is left to JAX and to the default formulation.
+        """
+
+        def rule(static, operands, tangents):
+            parts, moving = [], tangents._asdict()
+            linear = {name: moving.pop(name) for name in names}
+            if jax.tree.leaves(linear):
+                parts.append(self(static, operands._replace(**linear)))
+            moving = {name: t for name, t in moving.items() if jax.tree.leaves(t)}
+            if moving:
+
+                def of(values):
+                    return self._default(static, operands._replace(**values), False)
+
+                values = {name: getattr(operands, name) for name in moving}
+                parts.append(jax.jvp(of, (values,), (moving,))[1])
+            totals = [
+                functools.reduce(operator.add, part) for part in zip(*parts, strict=True)
+            ]
+            return self(static, operands), totals
+
+        self.def_tangent(rule)
+
+    def def_transpose(self, rule: Callable[[Any, Any, Any, Any], Any]) -> None:
+        """Sets the transpose: `rule(static, operands, wanted, gradients) -> operands`.
+
+        Both `operands` and `wanted` are like the operands: the latter has the type of each
+        of which the gradient is wanted, where the former has None.
+        """
+
+        def transpose(gradients, *leaves, tree, static):
+            wanted = [
+                leaf.aval if ad.is_undefined_primal(leaf) else None for leaf in leaves
+            ]
+            known = [
+                None if kind is not None else leaf
+                for leaf, kind in zip(leaves, wanted, strict=True)
+            ]
+            given = [None if isinstance(g, ad.Zero) else g for g in gradients]
+            found = rule(static, tree.unflatten(known), tree.unflatten(wanted), given)
+            return tree.flatten_up_to(found)
+
+        ad.primitive_transposes[self._primitive] = transpose
+
+    def _batch(self, leaves, dims, *, tree, static):
+        pairs = list(zip(leaves, dims, strict=True))
+        size = next(leaf.shape[dim] for leaf, dim in pairs if dim is not None)
+        moved = [
+            jnp.broadcast_to(leaf[None], (size, *leaf.shape))
+            if dim is None
+            else jnp.moveaxis(leaf, dim, 0)
+            for leaf, dim in pairs
+        ]
+        results = self(self._batched(static), tree.unflatten(moved))
+        return results, [0] * len(results)
+
+
+def _lowering(formulation: Formulation) -> Any:
+    def lower(context, *leaves, tree, static):
+        whole = is_for_one_device(context)
+
+        def run(*leaves):
+            return formulation(static, tree.unflatten(leaves), whole)
+
+        return mlir.lower_fun(run, multiple_results=True)(context, *leaves)
+
+    return lower

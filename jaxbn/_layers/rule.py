@@ -1,0 +1,233 @@
+"""The one rule: reduce x, compute vectors, map x; and the derivative of all three.
+
+x is read by the reduction and by the map. What lies between are vectors, one value for each
+feature, which JAX differentiates by itself.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxbn._dtypes import real_part, upcast
+from jaxbn._kernels.accelerator import Map, divisor
+from jaxbn._kernels.affine_map import affine_map, affine_map_tangent
+from jaxbn._kernels.barriers import computed_apart
+from jaxbn._kernels.reduction import moments_tangent
+from jaxbn._layers.ghost_batches import GhostBatches
+from jaxbn._sharding import where_alike, zeros_of_types
+from jaxbn._statistics.moments import ExactMoments, exact_moments
+from jaxbn._statistics.sync import sum_over_devices, sync_exact
+from jaxbn._typing import Activation, Array, DTypeLike, Pair
+
+
+class Plan(NamedTuple):
+    """The static part of one application."""
+
+    layer: Any  # a Normalizer
+    axes: tuple[int, ...]  # of x that statistics are taken over
+    training: bool | None  # None where a traced flag tells
+    ghosts: GhostBatches | None
+    certain: bool  # whether the batch is known to hold something of every feature
+    activation: Activation | None
+    wide: DTypeLike  # the dtype of everything between x and y
+    dtype: DTypeLike  # that of y
+
+
+class Given(NamedTuple):
+    """The vectors that may be differentiated, each of x's rank and broadcast to x."""
+
+    running: Pair
+    params: Pair
+    adjustment: Pair | None
+
+
+class Line(NamedTuple):
+    """The map of x, (x - mean) slope + offset."""
+
+    mean: Array
+    slope: Array
+    offset: Array | None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def normalized(plan, x, weights, residual, captured, given, flag, correcting):
+    """Returns y and the moments of the batch (of each ghost batch), or None."""
+    batch = _reduced(plan, x, weights, flag)
+    line = line_of(plan, batch, given, flag, correcting)
+    return _mapped(plan, x, line, residual, captured), batch
+
+
+@functools.partial(normalized.defjvp, symbolic_zeros=True)
+def _normalized_jvp(plan, primals, tangents):
+    x, weights, residual, captured, given, flag, correcting = primals
+    moving = jax.tree.map(_unless_zero, tangents, is_leaf=_is_zero)
+    x_moving, weights_moving, residual_moving, captured_moving, given_moving, *_ = moving
+    batch = _reduced(plan, x, weights, flag)
+    # Here alone tangents of x come in and gradients of it go out: the sums and the map add
+    # up in float32 what is rounded once.
+    x_moving = None if x_moving is None else upcast(x_moving)
+    own = None if batch is None else (batch.mean, batch.var)
+    moves = x_moving is not None or weights_moving is not None
+    own_moving = jax.tree.map(jnp.zeros_like, own)
+    if batch is not None and moves:
+        own_moving = _moments_moving(plan, x, weights, batch, (x_moving, weights_moving))
+    elif not jax.tree.leaves(given_moving):
+        own = None
+
+    def vectors(own, given):
+        seen = batch if batch is None else batch._replace(mean=own[0], var=own[1])
+        return line_of(plan, seen, given, flag, correcting)
+
+    if own is None and not jax.tree.leaves(given_moving):
+        line, line_moving = vectors(batch and batch[:2], given), Line(None, None, None)
+    else:
+        given_moving = jax.tree.map(_or_zero, given_moving, given, is_leaf=_is_none)
+        line, line_moving = jax.jvp(vectors, (own, given), (own_moving, given_moving))
+    y = _mapped(plan, x, line, residual, captured)
+    moving = Map(x_moving, *line_moving, residual_moving)
+    of = Map(x, *line, residual)
+    y_moving = _mapped_tangent(plan, of, y, moving, captured, captured_moving)
+    return (y, batch), (y_moving, jax.tree.map(jnp.zeros_like, batch))
+
+
+def _reduced(plan: Plan, x: Array, weights: Array | None, flag: Any) -> ExactMoments | None:
+    """Returns the moments of the batch over all devices; zeros unless `flag` holds."""
+    if plan.training is False:
+        return None
+
+    def reduce() -> ExactMoments:
+        batch = exact_moments(x, weights, plan.axes)
+        layer = plan.layer
+        if layer.axis_name is None:
+            return batch
+        return sync_exact(batch, layer.axis_name, layer.axis_index_groups)
+
+    if flag is None:
+        return reduce()
+    return lax.cond(flag, reduce, lambda: zeros_of_types(jax.eval_shape(reduce)))
+
+
+def _moments_moving(plan, x, weights, batch, moving):
+    """Returns the tangents of the mean and the variance.
+
+    Whatever the flag says, which decides in `line_of`: that costs the backward pass nothing,
+    and JAX cannot transpose a conditional that a vmap has made a select.
+    """
+    moments = batch.mean, batch.rest, batch.var
+    totals = moments_tangent(x, weights, moments, moving, plan.axes)
+    layer = plan.layer
+    totals = sum_over_devices(totals, layer.axis_name, layer.axis_index_groups)
+    n = divisor(batch.count)
+    return tuple(total / n.astype(total.dtype) for total in totals)
+
+
+def line_of(
+    plan: Plan, batch: ExactMoments | None, given: Given, flag: Any, correcting: Any
+) -> Line:
+    """Returns the map that normalizes x, given the moments of the batch or None.
+
+    The rest, what rounding left out of the mean, goes into the offset, so that x minus the
+    rounded mean, which has no rounding error, is enough for an exact y.
+    """
+    mean, var = given.running
+    pairs, rest, layer = [], None, plan.layer
+    if batch is not None:
+        seen = None if plan.certain else batch.count > 0
+        seen = flag if seen is None else seen if flag is None else seen & flag
+        if seen is None:
+            mean, var, rest = batch.mean, batch.var, batch.rest
+        else:
+            mean, var = (
+                where_alike(seen, *pair)
+                for pair in zip(batch[:2], (mean, var), strict=True)
+            )
+            rest = where_alike(seen, batch.rest, 0)
+        # The correction touches the normalized batch first, then the adjustment does.
+        given_pairs = _correction(plan, batch, correcting), given.adjustment
+        for pair in (pair for pair in given_pairs if pair is not None):
+            pairs.append(
+                tuple(where_alike(flag, a, b) for a, b in zip(pair, (1, 0), strict=True))
+            )
+    slope, offset = layer.standardize(mean, var.astype(real_part(plan.wide)))
+    slope, mean = slope.astype(plan.wide), mean.astype(plan.wide)
+    offset = None if offset is None else offset.astype(plan.wide)
+    if rest is not None:
+        offset = _plus(offset, -rest.astype(plan.wide) * slope)
+    for factor, shift in (*pairs, given.params):
+        slope, offset = _times(slope, factor), _times(offset, factor)
+        offset = _plus(offset, None if shift is None else shift.astype(plan.wide))
+    return Line(mean, slope, offset)
+
+
+def _correction(plan: Plan, batch: ExactMoments, correcting: Any) -> Pair | None:
+    """Returns what the layer multiplies and adds after standardizing, of x's rank."""
+    state, options = correcting
+    pair = plan.layer.correction(state, whole_batch(plan, batch), **options)
+    if pair is None:
+        return None
+    return tuple(_of_rank(plan, jnp.asarray(a)) for a in pair)
+
+
+def whole_batch(plan: Plan, batch: ExactMoments) -> ExactMoments:
+    """Returns the moments of the whole batch, of the shape of the features."""
+    batch = ExactMoments(*(jnp.squeeze(array, plan.axes) for array in batch))
+    return batch if plan.ghosts is None else plan.ghosts.merge(batch)
+
+
+def _of_rank(plan: Plan, per_feature: Array) -> Array:
+    axes = plan.axes if plan.ghosts is None else plan.ghosts.all_axes(plan.axes)
+    return jnp.expand_dims(per_feature, axes)
+
+
+def _mapped(plan, x, line, residual, captured):
+    if plan.activation is None or plan.activation is jax.nn.relu:
+        relu = plan.activation is not None
+        return affine_map(x, *line, residual, relu=relu, dtype=plan.dtype)
+    y = affine_map(x, *line, residual, dtype=plan.wide)
+    return plan.activation(y, *captured).astype(plan.dtype)
+
+
+def _mapped_tangent(plan, of, y, moving, captured, captured_moving):
+    if plan.activation is None or plan.activation is jax.nn.relu:
+        relu = plan.activation is not None
+        return affine_map_tangent(of, y, moving, relu=relu, dtype=plan.dtype)
+    tangent = affine_map_tangent(of, None, moving, relu=False, dtype=plan.wide)
+    captured_moving = jax.tree.map(_or_zero, captured_moving, captured, is_leaf=_is_none)
+    return _through_activation(plan, of, captured, tangent, captured_moving)
+
+
+# Checkpointed: what enters the activation is computed from x again, not kept.
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def _through_activation(plan, of, captured, tangent, captured_moving):
+    x, *vectors = computed_apart(of.x, of.mean, of.slope, of.offset, recomputes=True)
+    before = affine_map(x, *vectors, of.residual, dtype=plan.wide)
+    along = (before, *captured), (tangent, *captured_moving)
+    return jax.jvp(plan.activation, *along)[1].astype(plan.dtype)
+
+
+def _times(a: Array | None, factor: Array | None) -> Array | None:
+    return a if a is None or factor is None else a * factor.astype(a.dtype)
+
+
+def _plus(a: Array | None, b: Array | None) -> Array | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _is_none(tangent: Any) -> bool:
+    return tangent is None
+
+
+def _unless_zero(tangent: Any) -> Any:
+    return None if _is_zero(tangent) else tangent
+
+
+def _or_zero(tangent: Any, value: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, value) if tangent is None else tangent
