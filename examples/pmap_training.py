@@ -14,6 +14,8 @@ device has 10 and five have none. `make_step` is the pattern to copy.
 import functools
 from collections.abc import Callable, Sequence
 
+import _arguments
+import _data
 import _padded_mnist as padded
 import jax
 import mnist
@@ -55,12 +57,12 @@ def split(batch: padded.Batch, parts: int) -> padded.Batch:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = padded.choose_devices(argv, "Trains on several devices with pmap.")
-    train_set, test_set = mnist.load_mnist()
+    args = _arguments.of_devices(argv, "Trains on several devices with pmap.")
+    train_set, test_set = _data.load_mnist()
     parts = len(args.devices)
     # Without axis_name a device would normalize its 15 images by themselves.
     bn = jaxbn.BatchNorm(momentum=padded.MOMENTUM, axis_name="devices")
-    steps = args.epochs * -(-mnist.NUM_TRAIN // args.batch_size)
+    steps = args.epochs * -(-_data.NUM_TRAIN // args.batch_size)
     optimizer = padded.sgd(steps)
     params, stats = mnist.init(jax.random.key(args.seed), bn)
     train_state = params, stats, optimizer.init(params)

@@ -64,6 +64,84 @@ class Model(NamedTuple):
     norm: jaxbn.Gather
 
 
+@functools.partial(jax.jit, static_argnames=("norm", "train_stem"))
+def classify(
+    kernels: Arrays,
+    params: Arrays,
+    states: Arrays,
+    norm: jaxbn.Gather,
+    images: jax.Array,
+    train_stem: bool = False,
+) -> tuple[jax.Array, Arrays]:
+    """Returns the logits, and the states after the images."""
+    new = {}
+
+    def unit(conv: str, x: jax.Array, stride: int) -> jax.Array:
+        x, name = convolve(x, kernels[conv], stride), norm_behind(conv)
+        training = train_stem and name == STEM
+        y, new[name] = norm.apply(params[name], states[name], x, training)
+        return y
+
+    return network(unit, kernels, images), new
+
+
+@functools.partial(jax.jit, static_argnames="norm")
+def fold(
+    kernels: Arrays, params: Arrays, states: Arrays, norm: jaxbn.Gather
+) -> dict[str, Any]:
+    """Returns the kernels with the norms folded in, and the biases beside them."""
+    folded = dict(kernels)
+    for conv, kernel in kernels.items():
+        if conv.startswith("_fc"):
+            continue
+        name = norm_behind(conv)
+        affine = jaxbn.as_affine(params[name], states[name], norm)
+        folded[conv] = jaxbn.fold(kernel, None, affine, in_axis=1, out_axis=0)
+    return folded
+
+
+@jax.jit
+def classify_folded(folded: Arrays, images: jax.Array) -> jax.Array:
+    """Returns the logits, without any norm."""
+
+    def unit(conv: str, x: jax.Array, stride: int) -> jax.Array:
+        kernel, bias = folded[conv]
+        return convolve(x, kernel, stride) + bias[None, :, None, None]
+
+    return network(unit, folded, images)
+
+
+def reestimate_stem(model: Model, batches: Sequence[jax.Array]) -> Arrays:
+    """Returns the states with the statistics of other images in the first norm.
+
+    Not in all: what tells classes apart in the deeper layers would be normalized away by
+    the statistics of two photographs. That takes images of as many kinds as in training.
+    """
+
+    @jax.jit
+    def step(stem: Arrays, images: jax.Array) -> Arrays:
+        states = {**model.states, **stem}
+        _, states = classify(
+            model.kernels, model.params, states, model.norm, images, train_stem=True
+        )
+        return {STEM: states[STEM]}
+
+    return {**model.states, **jaxbn.reestimate(step, {STEM: model.states[STEM]}, batches)}
+
+
+def examine(model: Model, states: Arrays, batches: Sequence[jax.Array]) -> Any:
+    """Returns what jaxbn.diagnose says of the model on these images."""
+
+    def apply(variables: Any, images: jax.Array, training: bool) -> Any:
+        params, states = variables
+        y, states = classify(
+            model.kernels, params, states, model.norm, images, train_stem=training
+        )
+        return y, (params, states)
+
+    return diagnose((model.params, states), apply, batches, epsilon=EPS)
+
+
 def load_model(path: Path) -> Model:
     """Returns the network of a state dict, and prints what was found in it."""
     arrays = convert.load(path)
@@ -116,53 +194,6 @@ def norm_behind(conv: str) -> str:
     return block + dot + NORM_BEHIND[name]
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "train_stem"))
-def classify(
-    kernels: Arrays,
-    params: Arrays,
-    states: Arrays,
-    norm: jaxbn.Gather,
-    images: jax.Array,
-    train_stem: bool = False,
-) -> tuple[jax.Array, Arrays]:
-    """Returns the logits, and the states after the images."""
-    new = {}
-
-    def unit(conv: str, x: jax.Array, stride: int) -> jax.Array:
-        x, name = convolve(x, kernels[conv], stride), norm_behind(conv)
-        training = train_stem and name == STEM
-        y, new[name] = norm.apply(params[name], states[name], x, training)
-        return y
-
-    return network(unit, kernels, images), new
-
-
-@functools.partial(jax.jit, static_argnames="norm")
-def fold(
-    kernels: Arrays, params: Arrays, states: Arrays, norm: jaxbn.Gather
-) -> dict[str, Any]:
-    """Returns the kernels with the norms folded in, and the biases beside them."""
-    folded = dict(kernels)
-    for conv, kernel in kernels.items():
-        if conv.startswith("_fc"):
-            continue
-        name = norm_behind(conv)
-        affine = jaxbn.as_affine(params[name], states[name], norm)
-        folded[conv] = jaxbn.fold(kernel, None, affine, in_axis=1, out_axis=0)
-    return folded
-
-
-@jax.jit
-def classify_folded(folded: Arrays, images: jax.Array) -> jax.Array:
-    """Returns the logits, without any norm."""
-
-    def unit(conv: str, x: jax.Array, stride: int) -> jax.Array:
-        kernel, bias = folded[conv]
-        return convolve(x, kernel, stride) + bias[None, :, None, None]
-
-    return network(unit, folded, images)
-
-
 def load_photographs() -> list[np.ndarray]:
     """Returns the photographs [3, H, W], 256 pixels high, in the range of the network."""
     from sklearn.datasets import load_sample_image
@@ -201,37 +232,6 @@ def batches_of_crops(
         jnp.asarray(np.stack([random_crop(p) for p in photographs for _ in range(size)]))
         for _ in range(count)
     ]
-
-
-def reestimate_stem(model: Model, batches: Sequence[jax.Array]) -> Arrays:
-    """Returns the states with the statistics of other images in the first norm.
-
-    Not in all: what tells classes apart in the deeper layers would be normalized away by
-    the statistics of two photographs. That takes images of as many kinds as in training.
-    """
-
-    @jax.jit
-    def step(stem: Arrays, images: jax.Array) -> Arrays:
-        states = {**model.states, **stem}
-        _, states = classify(
-            model.kernels, model.params, states, model.norm, images, train_stem=True
-        )
-        return {STEM: states[STEM]}
-
-    return {**model.states, **jaxbn.reestimate(step, {STEM: model.states[STEM]}, batches)}
-
-
-def examine(model: Model, states: Arrays, batches: Sequence[jax.Array]) -> Any:
-    """Returns what jaxbn.diagnose says of the model on these images."""
-
-    def apply(variables: Any, images: jax.Array, training: bool) -> Any:
-        params, states = variables
-        y, states = classify(
-            model.kernels, params, states, model.norm, images, train_stem=training
-        )
-        return y, (params, states)
-
-    return diagnose((model.params, states), apply, batches, epsilon=EPS)
 
 
 def print_classes(title: str, logits: jax.Array) -> None:

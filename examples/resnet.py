@@ -14,6 +14,7 @@ out of `state.apply` and go into `state.apply_gradients`, which insists on them.
 import functools
 from collections.abc import Sequence
 
+import _arguments
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,6 @@ from _training import (
     Checkpoints,
     digest,
     load_mnist,
-    parse_arguments,
     rows_of_epoch,
     shift,
     steps_per_epoch,
@@ -100,7 +100,7 @@ def evaluate(state: TrainState, batch: Batch) -> jax.Array:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv, "Flax linen", "checkpoints_resnet")
+    args = _arguments.of_resnet(argv, "Flax linen", "checkpoints_resnet")
     checkpoints = Checkpoints(args)
     (images, labels), test_set = load_mnist()
     key = jax.random.key(args.seed)

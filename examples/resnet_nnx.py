@@ -15,6 +15,7 @@ the random numbers.
 import functools
 from collections.abc import Sequence
 
+import _arguments
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,7 +24,6 @@ from _training import (
     Checkpoints,
     digest,
     load_mnist,
-    parse_arguments,
     rows_of_epoch,
     shift,
     steps_per_epoch,
@@ -112,7 +112,7 @@ def evaluate(model: ResNet, batch: Batch) -> jax.Array:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv, "Flax NNX", "checkpoints_resnet_nnx")
+    args = _arguments.of_resnet(argv, "Flax NNX", "checkpoints_resnet_nnx")
     checkpoints = Checkpoints(args)
     (images, labels), test_set = load_mnist()
     key = jax.random.key(args.seed)

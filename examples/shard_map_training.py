@@ -12,6 +12,8 @@ with out_specs=P() is the same on all devices. `make_step` is the pattern to cop
 
 from collections.abc import Callable, Sequence
 
+import _arguments
+import _data
 import _padded_mnist as padded
 import jax
 import mnist
@@ -51,13 +53,13 @@ def make_step(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = padded.choose_devices(argv, "Trains on several devices with shard_map.")
-    train_set, test_set = mnist.load_mnist()
+    args = _arguments.of_devices(argv, "Trains on several devices with shard_map.")
+    train_set, test_set = _data.load_mnist()
     parts = len(args.devices)
     mesh = Mesh(np.array(args.devices), ("devices",))
     # Without axis_name a device would normalize its 15 images by themselves.
     bn = jaxbn.BatchNorm(momentum=padded.MOMENTUM, axis_name="devices")
-    steps = args.epochs * -(-mnist.NUM_TRAIN // args.batch_size)
+    steps = args.epochs * -(-_data.NUM_TRAIN // args.batch_size)
     optimizer = padded.sgd(steps)
     params, stats = mnist.init(jax.random.key(args.seed), bn)
     train_state = params, stats, optimizer.init(params)

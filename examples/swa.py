@@ -14,7 +14,6 @@ After Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Gener
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ import jax
 import mnist
 import numpy as np
 import optax
+from _data import Batch, load_mnist, shuffled_rows
 from tqdm import tqdm
 
 import jaxbn
@@ -35,6 +35,40 @@ NORMALIZER = jaxbn.Gather(jaxbn.BatchNorm(momentum=0.9))
 
 
 Model = tuple[mnist.Params, mnist.Stats]
+
+
+def reestimated(params: mnist.Params, stats: mnist.Stats, images: jax.Array) -> mnist.Stats:
+    """Returns the statistics of all images under these params, whatever stats were."""
+
+    @jax.jit
+    def step(stats: mnist.Stats, batch: jax.Array) -> mnist.Stats:
+        _, stats, _ = mnist.model(params, stats, batch, NORMALIZER, training=True)
+        return stats
+
+    batches = np.array_split(images, 8)
+    return jaxbn.reestimate(step, stats, batches)
+
+
+def train(
+    seed: int, train_set: Batch, epochs: int, learning_rate: float
+) -> tuple[Model, Model]:
+    """Returns the last params and stats, and the averages of both."""
+    init_key, order_key = jax.random.split(jax.random.key(seed))
+    rows_of_steps = shuffled_rows(order_key, epochs, BATCH_SIZE)
+    optimizer = optax.sgd(learning_rate)
+    params, stats = mnist.init(init_key, NORMALIZER)
+    train_state = params, stats, optimizer.init(params)
+    average = jaxbn.optim.ModelAverage()
+    average_state = average.init(params, stats)
+    update = jax.jit(average.update)
+    images, labels = train_set
+    first = int(AVERAGED_FROM * len(rows_of_steps))
+    for step, rows in enumerate(tqdm(rows_of_steps, desc=f"seed {seed}", unit="step")):
+        batch = images[rows], labels[rows]
+        train_state, _ = mnist.train_step(train_state, batch, NORMALIZER, optimizer)
+        if step >= first:
+            average_state = update(average_state, *train_state[:2])
+    return train_state[:2], average.value(average_state)
 
 
 class Accuracies(NamedTuple):
@@ -54,43 +88,7 @@ TITLES = (
 )
 
 
-def train(
-    seed: int, train_set: mnist.Batch, epochs: int, learning_rate: float
-) -> tuple[Model, Model]:
-    """Returns the last params and stats, and the averages of both."""
-    init_key, order_key = jax.random.split(jax.random.key(seed))
-    rows_of_steps = mnist.shuffled_rows(order_key, epochs, BATCH_SIZE)
-    optimizer = optax.sgd(learning_rate)
-    params, stats = mnist.init(init_key, NORMALIZER)
-    train_state = params, stats, optimizer.init(params)
-    average = jaxbn.optim.ModelAverage()
-    average_state = average.init(params, stats)
-    update = jax.jit(average.update)
-    images, labels = train_set
-    first = int(AVERAGED_FROM * len(rows_of_steps))
-    for step, rows in enumerate(tqdm(rows_of_steps, desc=f"seed {seed}", unit="step")):
-        batch = images[rows], labels[rows]
-        train_state, _ = mnist.train_step(train_state, batch, NORMALIZER, optimizer)
-        if step >= first:
-            average_state = update(average_state, *train_state[:2])
-    return train_state[:2], average.value(average_state)
-
-
-def reestimated(params: mnist.Params, stats: mnist.Stats, images: jax.Array) -> mnist.Stats:
-    """Returns the statistics of all images under these params, whatever stats were."""
-
-    @jax.jit
-    def step(stats: mnist.Stats, batch: jax.Array) -> mnist.Stats:
-        _, stats, _ = mnist.model(params, stats, batch, NORMALIZER, training=True)
-        return stats
-
-    batches = np.array_split(images, 8)
-    return jaxbn.reestimate(step, stats, batches)
-
-
-def compare(
-    seed: int, data: tuple[mnist.Batch, mnist.Batch], args: argparse.Namespace
-) -> Accuracies:
+def compare(seed: int, data: tuple[Batch, Batch], args: argparse.Namespace) -> Accuracies:
     """Trains once, and evaluates the averaged weights with three sets of statistics."""
     train_set, test_set = data
     (last, stale), (params, averaged) = train(
@@ -108,28 +106,9 @@ def compare(
     )
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Averages the weights of a network on MNIST, with jaxbn.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--epochs", type=int, default=16, help="passes over the training images")
-    add("--learning-rate", type=float, default=20.0, help="of SGD, in all steps")
-    add("--seeds", type=int, default=3, help="how many trainings, with seeds from 0 on")
-    args = parser.parse_args(argv)
-    demands = (
-        ("epochs", args.epochs >= 1, "at least 1"),
-        ("learning-rate", 0 < args.learning_rate < math.inf, "positive and finite"),
-        ("seeds", args.seeds >= 1, "at least 1"),
-    )
-    _arguments.check(parser, args, demands)
-    return args
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    data = mnist.load_mnist()
+    args = _arguments.of_swa(argv)
+    data = load_mnist()
     runs = [compare(seed, data, args) for seed in range(args.seeds)]
     print(
         "\n" + " " * 42 + "".join(f" seed {seed}" for seed in range(args.seeds)) + "   mean"

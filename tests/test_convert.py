@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 import jaxbn
 from jaxbn import convert
-from tests.golden_case import Case
-from tests.golden_convert import run_layer
+from tests.golden_runners.case import Case
+from tests.golden_runners.convert import run_layer
 
 F = np.float32
 DECAY = 0.9

@@ -5,6 +5,7 @@ is run is told in `tests/golden_runners/<system>.py`, by a function `run(case)`.
 """
 
 import json
+from pathlib import Path
 
 from tests.golden_runners import (
     eqx,
@@ -30,16 +31,25 @@ RUNNERS = {
 }
 
 
+# Made by the same generators, with arguments that no case of golden/ has.
+MORE = Path(__file__).parent / "recorded" / "arguments"
+
+
+def cases_in(folder):
+    """Returns the cases of the manifest of a folder."""
+    observed_file = folder / "observed_error.json"
+    observed = {}
+    if observed_file.exists():
+        observed = json.loads(observed_file.read_text())["cases"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return [Case(folder, meta, observed) for meta in manifest["cases"]]
+
+
 def pytest_generate_tests(metafunc):
     folder = metafunc.config.getoption("--golden")
-    observed_file = folder / "observed_error.json"
-    observed = (
-        json.loads(observed_file.read_text())["cases"] if observed_file.exists() else {}
-    )
-    cases = [
-        Case(folder, meta, observed)
-        for meta in json.loads((folder / "manifest.json").read_text())["cases"]
-    ]
+    cases = cases_in(folder)
+    if folder == Path(__file__).parent / "golden":
+        cases += cases_in(MORE)
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", cases, ids=str)
     if "systems" in metafunc.fixturenames:

@@ -28,30 +28,6 @@ NUM_PIXELS, HIDDEN_SIZES, NUM_CLASSES = 784, (300, 100), 10
 EXPECTED_ACCURACY, MARGIN = 0.92, 0.02
 
 
-def init(key: jax.Array) -> Session:
-    """Returns the variables that tf.layers created for this network, with their names."""
-    sizes = (NUM_PIXELS, *HIDDEN_SIZES, NUM_CLASSES)
-    params: Tree = {}
-    state: Tree = {}
-    for index, layer_key in enumerate(jax.random.split(key, len(sizes) - 1)):
-        name = f"hidden{index + 1}" if index < len(HIDDEN_SIZES) else "outputs"
-        num_inputs, num_units = sizes[index : index + 2]
-        params[name] = {
-            "kernel": jax.nn.initializers.glorot_uniform()(
-                layer_key, (num_inputs, num_units)
-            ),
-            "bias": jnp.zeros(num_units),
-        }
-        if name != "outputs":
-            norm = f"bn{index + 1}"
-            params[norm], state[norm] = tf1.batch_normalization().init((1, num_units))
-    return params, state
-
-
-def dense(params: Tree, x: jax.Array) -> jax.Array:
-    return x @ params["kernel"] + params["bias"][None, :]
-
-
 def network(
     params: Tree,
     state: Tree,
@@ -102,6 +78,30 @@ def session_run(
     """Runs `step` with `training` fed: False by default, as the placeholder was."""
     session, loss, accuracy = step(session, batch, learning_rate, training)
     return session, float(loss), float(accuracy)
+
+
+def init(key: jax.Array) -> Session:
+    """Returns the variables that tf.layers created for this network, with their names."""
+    sizes = (NUM_PIXELS, *HIDDEN_SIZES, NUM_CLASSES)
+    params: Tree = {}
+    state: Tree = {}
+    for index, layer_key in enumerate(jax.random.split(key, len(sizes) - 1)):
+        name = f"hidden{index + 1}" if index < len(HIDDEN_SIZES) else "outputs"
+        num_inputs, num_units = sizes[index : index + 2]
+        params[name] = {
+            "kernel": jax.nn.initializers.glorot_uniform()(
+                layer_key, (num_inputs, num_units)
+            ),
+            "bias": jnp.zeros(num_units),
+        }
+        if name != "outputs":
+            norm = f"bn{index + 1}"
+            params[norm], state[norm] = tf1.batch_normalization().init((1, num_units))
+    return params, state
+
+
+def dense(params: Tree, x: jax.Array) -> jax.Array:
+    return x @ params["kernel"] + params["bias"][None, :]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

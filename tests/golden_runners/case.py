@@ -37,7 +37,20 @@ class Case:
     @property
     def tolerance(self):
         """The error that is allowed, relative to the largest value of an array."""
-        return max(FLOOR[self.meta["dtype"]], 4 * self._observed)
+        dtypes = {self.meta["dtype"]} | {step.get("y_dtype") for step in self.steps}
+        return max(4 * self._observed, *(FLOOR[dtype] for dtype in dtypes - {None}))
+
+    def factor(self, step):
+        """Returns the mask of a step times its weights, what there is of both, or None."""
+        given = [self[step[name]] for name in ("mask", "weights") if name in step]
+        if len(given) < 2:
+            return given[0] if given else None
+        mask, weights = given
+        rank = max(mask.ndim, weights.ndim)
+        mask, weights = (
+            a.reshape(a.shape + (1,) * (rank - a.ndim)) for a in (mask, weights)
+        )
+        return np.where(mask, weights, 0)
 
 
 def assert_near(got, want, tolerance, what, where=True, terms=0.0):

@@ -17,8 +17,8 @@ KEYS = {"op", "training", "x", "dy", "y", "y_dtype", "grads", "mask", "sgd"}
 KEYS |= {"state_after", "reg_loss", "reg_grads", "run_updates", "renorm_r", "renorm_d"}
 
 
-def run_layer(case, read, write, names, start=0, **options):
-    """Runs every step of a case, from the state before step `start`.
+def run_layer(case, read, write, names, start=0, end=None, **options):
+    """Runs the steps of a case from the state before step `start`, and before step `end`.
 
     Args:
         case: The case.
@@ -26,14 +26,15 @@ def run_layer(case, read, write, names, start=0, **options):
         write: And back.
         names: The recorded name of a gradient for `scale` and `bias`.
         start: The step before which the first layer is converted.
+        end: The step before which to end; None for after all of them.
         options: Those of `run_step`.
     """
     keys = [case.meta["init_state"], *(step["state_after"] for step in case.steps)]
     recorded = [{name: case[key] for name, key in state.items()} for state in keys]
-    for arrays in recorded[start:]:
+    for arrays in recorded[start : None if end is None else end + 1]:
         check_round_trip(read, write, arrays)
     went_on = read(recorded[start])
-    for before, step in list(zip(recorded, case.steps, strict=False))[start:]:
+    for before, step in list(zip(recorded, case.steps, strict=False))[start:end]:
         assert step.keys() <= KEYS, step.keys()
         for layer in (went_on, read(before)):
             after = run_step(case, layer, step, names, **options)
@@ -71,12 +72,22 @@ def gradients(bn, training, params, state, x, dy, weights):
 
     def loss(params, x):
         y, after = bn.apply(params, state, x, training, weights=weights)
-        return (y * dy).sum(), (y, after)
+        return (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum(), (y, after)
 
     return jax.grad(loss, (0, 1), has_aux=True)(params, x)
 
 
-def run_step(case, layer, step, names, training=None, penalty=None, project=None, y=True):
+def run_step(
+    case,
+    layer,
+    step,
+    names,
+    training=None,
+    penalty=None,
+    project=None,
+    compares=lambda step: True,
+    rounding=lambda x, step: 0.0,
+):
     """Runs a step, compares its output and gradients, and returns the layer after it.
 
     Args:
@@ -87,40 +98,54 @@ def run_step(case, layer, step, names, training=None, penalty=None, project=None
         training: From a step to whether the layer trains; None for what it says.
         penalty: A loss of the params that is added; None for none.
         project: From params to what the constraints make of them; None for none.
-        y: False not to compare what inference returns.
+        compares: From a step to whether its output and gradients can be compared.
+        rounding: From x and a step to the size of what cancels in the recorded output.
     """
     trains = step["training"] if training is None else training(step)
     x = jnp.asarray(case[step["x"]]).astype(case.meta["dtype"])
     dy = jnp.asarray(case[step["dy"]])
-    weights = jnp.asarray(case[step["mask"]]) if "mask" in step else None
+    # A mask is one of rows or positions, to which the axis of the features is added.
+    weights = jnp.asarray(case[step["mask"]])[..., None] if "mask" in step else None
 
     (by_params, by_x), (result, state) = gradients(
         layer.bn, trains, layer.params, layer.state, x, dy, weights
     )
-    compares = y or step["training"]
-    if compares:
+    if compares(step):
         assert result.dtype == step.get("y_dtype", "float32")
-        near(case, result, step["y"], "y")
+        near(case, result, step["y"], "y", rounding(case[step["x"]], step))
         # What cancels in them is as large as one term of the sum, times the slope.
         near(case, by_x, step["grads"]["x"], "gradient of x", np.abs(dy).max())
     grads = {names[k]: g for k, g in by_params._asdict().items() if g is not None}
     if case.meta.get("trainable", True):
         assert {*grads, "x"} == step["grads"].keys()
     for name, grad in grads.items():
-        if compares and name in step["grads"]:
+        if compares(step) and name in step["grads"]:
             grad = np.reshape(grad, case[step["grads"][name]].shape)
             near(case, grad, step["grads"][name], name, np.abs(dy).sum() / dy.shape[-1])
     params = layer.params
     if penalty is not None:
-        added = jax.grad(penalty)(params)
+        added = check_penalty(case, step, names, penalty, params)
         by_params = jax.tree.map(jnp.add, by_params, added)
-        assert_near(penalty(params), case[step["reg_loss"]], case.tolerance, "penalty")
-        for field, name in names.items():
-            near(case, getattr(added, field), step["reg_grads"][name], f"penalty of {name}")
     if step["sgd"] is not None:
         assert sorted(step["sgd"]["params"]) == sorted(grads)
         rate = step["sgd"]["lr"]
-        params = jax.tree.map(lambda p, g: p - jnp.float32(rate) * g, params, by_params)
+        params = jax.tree.map(
+            lambda p, g: p - (rate * g.astype(jnp.float32)).astype(p.dtype),
+            params,
+            by_params,
+        )
         params = params if project is None else project(params)
     kept = state if step["training"] else layer.state
     return dataclasses.replace(layer, params=params, state=kept)
+
+
+def check_penalty(case, step, names, penalty, params):
+    """Compares the penalty and its gradient, which it returns."""
+    added = jax.grad(penalty)(params)
+    near(case, penalty(params), step["reg_loss"], "penalty")
+    for field, gradient in added._asdict().items():
+        if names[field] in step["reg_grads"]:
+            near(case, gradient, step["reg_grads"][names[field]], f"penalty of {field}")
+        else:
+            assert gradient is None or not gradient.any(), f"penalty of {field}"
+    return added

@@ -6,11 +6,16 @@ import numpy as np
 
 import jaxbn.linen
 from tests.golden_runners.case import assert_near
+from tests.golden_runners.tf1_arguments import encoded
 
 DTYPES = {"dtype", "param_dtype"}
 KNOWN = {"use_running_average", "axis", "momentum", "epsilon", "use_bias", "use_scale"}
-KNOWN |= DTYPES | {"axis_name", "axis_index_groups", "use_fast_variance"}
-KEYS = {"op", "training", "x", "dy", "y", "y_dtype", "grads", "mask", "sgd"}
+KNOWN |= DTYPES | {"axis_name", "axis_index_groups", "use_fast_variance", "name"}
+INITIALIZERS = {"bias_init", "scale_init"}
+# Ours are computed in float32 at least, whatever this says.
+WITHOUT_EFFECT = {"force_float32_reductions"}
+KNOWN |= INITIALIZERS | WITHOUT_EFFECT
+KEYS = {"op", "training", "x", "dy", "y", "y_dtype", "grads", "mask", "weights", "sgd"}
 KEYS |= {"state_after", "per_device_stats"}
 
 
@@ -26,9 +31,20 @@ def run(case):
 
 def arguments(case):
     """Returns the arguments of the layer, translated from JSON."""
-    kwargs = {k: jnp.dtype(v) if k in DTYPES else v for k, v in case.kwargs.items()}
+    arguments = {k: v for k, v in case.kwargs.items() if k not in WITHOUT_EFFECT}
+    for name in DTYPES & arguments.keys():
+        arguments[name] = jnp.dtype(arguments[name])
+    for name in INITIALIZERS & arguments.keys():
+        arguments[name] = encoded(arguments[name])
+    if isinstance(arguments.get("axis"), list):
+        arguments["axis"] = tuple(arguments["axis"])
+    return arguments
+
+
+def hiding(case, step):
+    """Returns the mask and the weights of a step, as keywords of a call."""
     return {
-        k: tuple(v) if k == "axis" and isinstance(v, list) else v for k, v in kwargs.items()
+        name: jnp.asarray(case[step[name]]) for name in ("mask", "weights") if name in step
     }
 
 
@@ -48,7 +64,7 @@ def check_init(layer, start, case):
     }
 
 
-def forward(layer, variables, x, step, mask, mapped):
+def forward(layer, variables, x, step, options, mapped):
     """Returns the output and the statistics, of every device where x is spread."""
 
     def on_device(x):
@@ -56,8 +72,8 @@ def forward(layer, variables, x, step, mask, mapped):
             variables,
             x,
             use_running_average=not step["training"],
-            mask=mask,
             mutable=["batch_stats"],
+            **options,
         )
         return y, updates["batch_stats"]
 
@@ -79,14 +95,19 @@ def check_output(case, step, scale, y, grads):
 
 
 def slope_times_dy(case, step, scale):
-    """Returns the size of the terms that cancel in the gradient of x, for every feature."""
-    x, dy = case[step["x"]], case[step["dy"]]
-    if not step["training"] or case.kwargs.get("axis", -1) != -1:
+    """Returns the size of the terms that cancel in the gradient of x."""
+    x, dy = (np.asarray(case[step[name]], np.float64) for name in ("x", "dy"))
+    if not step["training"]:
         return 0.0
-    axes = tuple(range(x.ndim - 1))
-    std = np.sqrt(x.var(axes) + case.kwargs.get("epsilon", 1e-5))
+    # With shards, x has an axis of devices in front, which is reduced as well.
+    lead = 1 if "shards" in case.meta else 0
+    features = np.atleast_1d(case.kwargs.get("axis", -1))
+    features = {int(axis) % (x.ndim - lead) + lead for axis in features}
+    axes = tuple(axis for axis in range(x.ndim) if axis not in features)
+    gain = 1 / np.sqrt(x.var(axes, keepdims=True) + case.kwargs.get("epsilon", 1e-5))
     # A step of SGD leaves the error of the whole vector on the smallest scale.
-    return np.abs(scale).max() * np.abs(dy).max(axes) / std
+    terms = np.abs(scale).max() * (np.abs(dy).max(axes, keepdims=True) * gain)
+    return terms.ravel() if features == {x.ndim - 1} else terms.max()
 
 
 def near_of(case):
@@ -105,14 +126,13 @@ def run_step(case, layer, step, variables):
     assert step.keys() <= KEYS, step.keys()
     x = jnp.asarray(case[step["x"]]).astype(case.meta["dtype"])
     dy = jnp.asarray(case[step["dy"]], jnp.float32)
-    mask = jnp.asarray(case[step["mask"]]) if "mask" in step else None
-    mapped = None
+    options, mapped = hiding(case, step), None
     if "shards" in case.meta:
         mapped = jax.pmap if "jax.pmap" in case.meta["note"] else jax.vmap
     params = variables.get("params", {})
 
     def outputs(params, x):
-        return forward(layer, {**variables, "params": params}, x, step, mask, mapped)
+        return forward(layer, {**variables, "params": params}, x, step, options, mapped)
 
     def loss(params, x):
         return (outputs(params, x)[0].astype(jnp.float32) * dy).sum()

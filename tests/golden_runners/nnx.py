@@ -5,14 +5,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxbn.nnx
-from tests.golden_runners.linen import KEYS, KNOWN, arguments, check_output, near_of
+from tests.golden_runners.linen import (
+    KEYS,
+    KNOWN,
+    arguments,
+    check_output,
+    hiding,
+    near_of,
+)
 
 
 def run(case):
     """Runs every step of a case; what is not known is an error."""
-    assert set(case.kwargs) <= KNOWN, case.kwargs
+    assert set(case.kwargs) <= KNOWN | {"num_features"}, case.kwargs
     kwargs = arguments(case)
-    size = case.meta["shape"][kwargs.get("axis", -1)]
+    size = kwargs.pop("num_features", case.meta["shape"][kwargs.get("axis", -1)])
     layer = jaxbn.nnx.BatchNorm(size, rngs=nnx.Rngs(0), **kwargs)
     start = case.meta["init_state"]
     assert nnx.to_pure_dict(nnx.state(layer)).keys() == start.keys()
@@ -27,17 +34,17 @@ def run_step(case, layer, step):
     assert step.keys() <= KEYS, step.keys()
     x = jnp.asarray(case[step["x"]]).astype(case.meta["dtype"])
     dy = jnp.asarray(case[step["dy"]], jnp.float32)
-    mask = jnp.asarray(case[step["mask"]]) if "mask" in step else None
+    options = hiding(case, step)
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
 
     def loss(params, x):
         layer = nnx.merge(graphdef, params, rest, copy=True)
-        y = layer(x, use_running_average=not step["training"], mask=mask)
+        y = layer(x, use_running_average=not step["training"], **options)
         return (y.astype(jnp.float32) * dy).sum()
 
     grads, by_x = jax.grad(loss, argnums=(0, 1))(params, x)
     grads = nnx.to_pure_dict(grads)
-    y = layer(x, use_running_average=not step["training"], mask=mask)
+    y = layer(x, use_running_average=not step["training"], **options)
     scale = 1.0 if layer.scale is None else layer.scale[...]
     check_output(case, step, scale, y, {**grads, "x": by_x})
     near = near_of(case)

@@ -10,10 +10,13 @@ ACTIVATIONS = {
     None: None,
     "elu": jax.nn.elu,
     "leaky_relu": lambda x: jax.nn.leaky_relu(x, 0.2),
+    "log_sigmoid": jax.nn.log_sigmoid,
+    "log_softmax": jax.nn.log_softmax,
     "relu": jax.nn.relu,
     "relu6": jax.nn.relu6,
     "selu": jax.nn.selu,
     "sigmoid": jax.nn.sigmoid,
+    "softmax": jax.nn.softmax,
     "softplus": jax.nn.softplus,
     "softsign": jax.nn.soft_sign,
     "swish": jax.nn.swish,
@@ -33,6 +36,7 @@ def constant(value):
     )
 
 
+CONSTANT = {"constant", "zeros", "ones"}
 INITIALIZERS = {
     "constant": constant,
     "zeros": lambda: jax.nn.initializers.zeros,
@@ -41,9 +45,14 @@ INITIALIZERS = {
     "random_uniform": lambda minval, maxval, seed: jax.nn.initializers.uniform(),
     "random_normal": lambda mean, stddev, seed: jax.nn.initializers.normal(),
 }
+# The gradient of |w| at exactly 0 is 0, as in TensorFlow and Keras.
 REGULARIZERS = {
     "contrib_l1": lambda scale: lambda w: scale * jnp.abs(w).sum(),
     "contrib_l2": lambda scale: lambda w: scale * jnp.square(w).sum() / 2,
+    "contrib_l1_l2": lambda scale_l1, scale_l2: (
+        lambda w: scale_l1 * jnp.abs(w).sum() + scale_l2 * jnp.square(w).sum() / 2
+    ),
+    "keras_l1": lambda l: lambda w: l * jnp.abs(w).sum(),  # noqa: E741
     "keras_l2": lambda l: lambda w: l * jnp.square(w).sum(),  # noqa: E741
     "keras_l1_l2": lambda l1, l2: (
         lambda w: l1 * jnp.abs(w).sum() + l2 * jnp.square(w).sum()
@@ -51,7 +60,7 @@ REGULARIZERS = {
 }
 
 
-def min_max_norm(min_value, max_value, rate, axis=0):
+def min_max_norm(min_value=0.0, max_value=1.0, rate=1.0, axis=0):
     def project(w):
         have = norm(w, axis)
         want = rate * jnp.clip(have, min_value, max_value) + (1 - rate) * have
@@ -117,11 +126,9 @@ def decode(kwargs):
 
 
 def constants(kwargs):
-    """Returns what the variables hold at first that `kwargs` initialize to a constant."""
+    """Returns the names of the variables that `kwargs` initialize to a constant."""
     given = dict(kwargs.get("param_initializers") or {})
     for name in ("beta", "gamma", "moving_mean", "moving_variance"):
         if kwargs.get(f"{name}_initializer") is not None:
             given[name] = kwargs[f"{name}_initializer"]
-    return {
-        name: spec["value"] for name, spec in given.items() if spec["init"] == "constant"
-    }
+    return {name for name, spec in given.items() if spec["init"] in CONSTANT}

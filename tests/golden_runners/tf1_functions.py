@@ -19,13 +19,15 @@ def run_moments(case):
     given = arrays(case, {name: step[name] for name in given if name in step})
     cotangents = given.pop("dmean"), given.pop("dvariance")
     x = given.pop("x")
+    # TensorFlow takes both spellings.
+    given |= {{"keepdims": "keep_dims"}.get(k, k): v for k, v in case.kwargs.items()}
 
     def sums(x):
-        return tf1.sufficient_statistics(x, **given, **case.kwargs)
+        return tf1.sufficient_statistics(x, **given)
 
     moments = {
-        "tf.nn.moments": lambda x: tf1.moments(x, **given, **case.kwargs),
-        "tf.nn.weighted_moments": lambda x: tf1.weighted_moments(x, **given, **case.kwargs),
+        "tf.nn.moments": lambda x: tf1.moments(x, **given),
+        "tf.nn.weighted_moments": lambda x: tf1.weighted_moments(x, **given),
         "tf.nn.sufficient_statistics": lambda x: tf1.normalize_moments(*sums(x)),
     }[step["op"]]
     (mean, variance), backward = jax.vjp(moments, x)
@@ -122,9 +124,12 @@ def run_dropout(case):
     x, dy = jnp.asarray(case[step["x"]]), jnp.asarray(case[step["dy"]])
     assert (x != 0).all()
 
+    # Another generator draws other masks, whatever the seed.
+    kwargs = {k: v for k, v in case.kwargs.items() if k not in ("seed", "name")}
+
     @jax.vmap
     def draw(key):
-        y, backward = jax.vjp(lambda x: tf1.dropout(key, x, **case.kwargs), x)
+        y, backward = jax.vjp(lambda x: tf1.dropout(key, x, **kwargs), x)
         return y, backward(dy)[0]
 
     ys, gradients = map(

@@ -143,7 +143,7 @@ def check_init(case, layer):
     for name, value in made.items():
         assert list(value.shape) == recorded[name]["shape"], name
         assert value.dtype.name == recorded[name]["dtype"], name
-    for name in constants(case.kwargs).keys() & made.keys():
+    for name in constants(case.kwargs) & made.keys():
         key = case.meta["init_state"][name]
         assert_near(made[name], case[key], case.tolerance, f"initial {name}")
 

@@ -12,6 +12,8 @@ from tests.golden_runners import torch_models
 from tests.golden_runners.case import assert_near
 
 KNOWN = {"momentum", "eps", "affine", "track_running_stats", "training"}
+# Told by the arrays.
+KNOWN |= {"num_features", "device", "dtype"}
 
 
 def run(case):

@@ -27,9 +27,8 @@ def run_batch(case, step):
         momentum=0.0,
     )
     x = jnp.asarray(case[step["x"]]).astype(case.meta["dtype"])
-    weights = next(
-        (jnp.asarray(case[step[k]]) for k in ("mask", "weights") if k in step), None
-    )
+    weights = case.factor(step)
+    weights = None if weights is None else jnp.asarray(weights)
     valid = np.asarray(case[step["mask"]]) if step["valid_only"] else True
     dy = jnp.asarray(np.where(valid, case[step["dy"]], 0), jnp.float32)
     params, state = bn.init(x.shape[-1])
@@ -59,8 +58,9 @@ def run_batch(case, step):
     near = functools.partial(assert_near, tolerance=tolerance)
     near(y, case[step["y"]], what="y", where=fair & valid)
     grads = step["grads"]
-    near(by_params.scale, case[grads["gamma"]], what="scale gradient", where=fair)
-    near(by_params.bias, case[grads["beta"]], what="bias gradient", where=fair)
+    terms = np.abs(dy).max()
+    for name, by_param in {"gamma": by_params.scale, "beta": by_params.bias}.items():
+        near(by_param, case[grads[name]], what=f"{name} gradient", where=fair, terms=terms)
     slope = np.abs(case[step["gamma"]]) / np.sqrt(case[step["var"]] + bn.epsilon)
     terms = slope * np.abs(dy).max()
     assert_near(
