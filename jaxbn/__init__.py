@@ -26,7 +26,6 @@ from jaxbn._layers.functions import apply, init
 from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._layers.renorm_limits import RenormLimits, renorm_limits
-from jaxbn._statistics.replicas import replica_differences, sync_state
 from jaxbn._state import (
     BatchNormParams,
     BatchStats,
@@ -36,6 +35,7 @@ from jaxbn._state import (
 )
 from jaxbn._statistics.moments import Moments, merge_moments, moments
 from jaxbn._statistics.named_axes import axis_groups
+from jaxbn._statistics.replicas import replica_differences, sync_state
 from jaxbn._statistics.running import update_running
 from jaxbn._statistics.sync import sync_moments
 

@@ -14,14 +14,12 @@ from jax import lax
 
 from jaxbn._dtypes import upcast
 from jaxbn._kernels.compensated import settled, two_sum
+from jaxbn._kernels.operation import has_known_size, is_small, number_of_elements
 from jaxbn._sharding import broadcast_like, unsplit_axes
 from jaxbn._typing import Array, Axes, DTypeLike
 
 Triple = tuple[Array, Array, Array]
 
-# Bytes of a small array. It stays in the nearest cache of a CPU, where a barrier costs more
-# than it saves, and on an accelerator a sample of it costs as much as all of it.
-SMALL = 1 << 16
 # The sample holds at least 1/32 of x. If its mean is off by d, then var >= d^2 / 32, so at
 # most 5 bits cancel in E[d^2] - E[d]^2.
 SPARSENESS = 32
@@ -87,16 +85,6 @@ class MapSettings(NamedTuple):
     dtype: DTypeLike
 
 
-def is_small(x: Any) -> bool:
-    """Tells whether `x` is known to be small; a symbolic size is not."""
-    return has_known_size(x) and x.size * x.dtype.itemsize < SMALL
-
-
-def has_known_size(x: Any) -> bool:
-    """Tells whether all sizes of `x` are numbers."""
-    return all(isinstance(size, int) for size in x.shape)
-
-
 def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
     """Returns the mean, what its rounding left out, and the biased variance.
 
@@ -154,12 +142,6 @@ def total_of(x: Array, axes: tuple[int, ...]) -> Array:
 def count_of(axes: tuple[int, ...], of: Reduction) -> Array | int:
     """Returns the total weight of every feature; a number where there are no weights."""
     return number_of_elements(of.x, axes) if of.count is None else of.count
-
-
-def number_of_elements(x: Array, axes: tuple[int, ...]) -> Array | int:
-    """Returns how many elements a sum of x over `axes` has; an array if that is symbolic."""
-    size = math.prod(x.shape[axis] for axis in axes)
-    return size if isinstance(size, int) else jnp.asarray(size, upcast(x).real.dtype)
 
 
 def divisor(count: Any) -> Any:

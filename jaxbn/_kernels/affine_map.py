@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from jaxbn._kernels import accelerator, cpu
 from jaxbn._kernels.accelerator import Map, MapSettings, MapTangent, opened
-from jaxbn._kernels.barriers import computed_apart
-from jaxbn._kernels.operation import Operation
+from jaxbn._kernels.operation import Operation, computed_apart
 from jaxbn._kernels.reduction import sums
-from jaxbn._sharding import vary_over, vary_together, varying_axes
+from jaxbn._sharding import vary_over, varying_axes
 from jaxbn._typing import Array, DTypeLike, Pair
 
 
@@ -28,7 +27,7 @@ def affine_map(
 
     The vectors are of x's rank and broadcast to x, and of the dtype of the computation.
     """
-    operands = vary_together(Map(x, mean, slope, offset, residual))
+    operands = Map(x, mean, slope, offset, residual)
     return _MAP(MapSettings(relu, jnp.dtype(dtype)), operands)[0]
 
 
@@ -67,7 +66,7 @@ def affine_map_tangent(
     )
     if not jax.tree.leaves((moving.x, slope, offset, moving.residual)):
         return jnp.zeros_like(of.x, dtype)
-    return _TANGENT(jnp.dtype(dtype), vary_together(operands))[0]
+    return _TANGENT(jnp.dtype(dtype), operands)[0]
 
 
 def _alike(x: Array, slope: Array | None, offset: Array | None) -> tuple[Any, Any]:
@@ -75,15 +74,25 @@ def _alike(x: Array, slope: Array | None, offset: Array | None) -> tuple[Any, An
 
     One sum over devices then brings both gradients back.
     """
+    if slope is not None and offset is not None and slope.shape != offset.shape:
+        slope, offset = jnp.broadcast_arrays(slope, offset)
     given = [t for t in (slope, offset) if t is not None]
-    if len({t.shape for t in given}) > 1:
-        slope, offset = jnp.broadcast_arrays(*given)
-    if not any(varying_axes(x) - varying_axes(t) for t in given):
+    if not jax.sharding.get_abstract_mesh().manual_axes:
         return slope, offset
-    both = iter(
-        vary_over(jnp.stack([t for t in (slope, offset) if t is not None]), varying_axes(x))
-    )
+    missing = varying_axes(x)
+    if all(varying_axes(t) >= missing for t in given):
+        return slope, offset
+    both = iter(vary_over(jnp.stack(given), missing))
     return tuple(None if t is None else next(both) for t in (slope, offset))
+
+
+def inverse_deviation(var: Array, epsilon: float) -> Array:
+    """Returns one over the standard deviation, 1 / sqrt(var + epsilon).
+
+    As a quotient, whose derivative is made of factors none of which underflows where var
+    is above 1e25, as the cube of `rsqrt` would.
+    """
+    return 1 / jnp.sqrt(var + jnp.asarray(epsilon, var.dtype))
 
 
 def _typed_like_x(dtype: DTypeLike, of: Any) -> tuple[Any]:
@@ -127,9 +136,9 @@ def _(dtype, of, wanted, gradients):
     x, mean, slope, offset = computed_apart(
         of.x, of.mean, of.slope, of.offset, recomputes=relu is not None
     )
-    gradient = opened(
-        of._replace(x=x, mean=mean, slope=slope, offset=offset, y=None), gradient
-    )
+    if relu is not None:
+        shown = of._replace(x=x, mean=mean, slope=slope, offset=offset)
+        gradient = opened(shown, gradient)
     if wanted.x_tangent is not None:
         by_x = gradient.astype(slope.dtype) * slope
         found["x_tangent"] = by_x.astype(wanted.x_tangent.dtype)

@@ -22,11 +22,11 @@ from jaxbn._kernels.accelerator import (
     Sums,
     Triple,
     combined,
-    is_small,
     mean_of,
     opened,
 )
 from jaxbn._kernels.compensated import settled
+from jaxbn._kernels.operation import is_small
 from jaxbn._typing import Array
 
 # Use E[x^2] - E[x]^2 only while mean^2 <= 16 var, where at most 4 bits cancel.

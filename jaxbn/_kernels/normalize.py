@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxbn._axes import as_axes, expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_dtype, as_float, real_part, upcast, widest
-from jaxbn._kernels.affine_map import affine_map
+from jaxbn._kernels.affine_map import affine_map, inverse_deviation
 from jaxbn._typing import Array, Axes, DTypeLike
 
 
@@ -101,15 +101,6 @@ def normalize_aligned(
     if dtype is None:
         dtype = wide if jnp.issubdtype(wide, jnp.complexfloating) else x.dtype
     return affine_map(x, mean.astype(wide), slope, offset, dtype=dtype)
-
-
-def inverse_deviation(var: Array, epsilon: float) -> Array:
-    """Returns one over the standard deviation, 1 / sqrt(var + epsilon).
-
-    As a quotient, whose derivative is made of factors none of which underflows where var
-    is above 1e25, as the cube of `rsqrt` would.
-    """
-    return 1 / jnp.sqrt(var + jnp.asarray(epsilon, var.dtype))
 
 
 def check_epsilon(epsilon: float) -> None:

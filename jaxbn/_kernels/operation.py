@@ -6,15 +6,23 @@ whether arrays are whole or parts of sharded ones; only the one that runs is tra
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxbn._compat import Primitive, ad, batching, is_for_one_device, mlir
+from jaxbn._dtypes import upcast
+from jaxbn._sharding import vary_together
 from jaxbn._typing import Array
+
+# Bytes of a small array. It stays in the nearest cache of a CPU, where a barrier costs more
+# than it saves, and on an accelerator a sample of it costs as much as all of it.
+SMALL = 1 << 16
 
 # A formulation takes the static part, the operands (a NamedTuple of arrays, with None for
 # an absent one), and whether the arrays are whole.
@@ -60,6 +68,8 @@ class Operation:
 
     def __call__(self, static: Any, operands: Any) -> tuple[Array, ...]:
         """Returns the results; `static` must be hashable."""
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            operands = vary_together(operands)
         leaves, tree = jax.tree.flatten(operands)
         return tuple(self._primitive.bind(*leaves, tree=tree, static=static))
 
@@ -145,3 +155,65 @@ def _lowering(formulation: Formulation) -> Any:
         return mlir.lower_fun(run, multiple_results=True)(context, *leaves)
 
     return lower
+
+
+def is_small(x: Any) -> bool:
+    """Tells whether `x` is known to be small; a symbolic size is not."""
+    return has_known_size(x) and x.size * x.dtype.itemsize < SMALL
+
+
+def has_known_size(x: Any) -> bool:
+    """Tells whether all sizes of `x` are numbers."""
+    return all(isinstance(size, int) for size in x.shape)
+
+
+def number_of_elements(x: Array, axes: tuple[int, ...]) -> Array | int:
+    """Returns how many elements are summed over `axes`; an array if that is symbolic."""
+    size = math.prod(x.shape[axis] for axis in axes)
+    return size if isinstance(size, int) else jnp.asarray(size, upcast(x).real.dtype)
+
+
+# Optimization barriers that stop XLA from keeping what is cheaper to compute again.
+
+
+def _same(_: Any, operands: tuple[Array], whole: bool) -> tuple[Array]:
+    return operands
+
+
+def _barrier(_: Any, operands: tuple[Array], whole: bool) -> tuple[Array]:
+    # Nested twice, so that CSE does not merge it with a barrier of the formulations.
+    return lax.optimization_barrier(lax.optimization_barrier(operands))
+
+
+def _barrier_operation(name: str, platforms: tuple[str, ...]) -> Operation:
+    operation = Operation(
+        name, lambda _, operands: operands, _same, dict.fromkeys(platforms, _barrier)
+    )
+    operation.def_tangent(
+        lambda _, of, moving: (operation(None, of), operation(None, moving))
+    )
+    operation.def_transpose(
+        lambda _, of, wanted, gradients: operation(None, tuple(gradients))
+    )
+    return operation
+
+
+_ON_CPU = _barrier_operation("barrier_on_cpu", ("cpu",))
+# A GPU too: there XLA would keep a ReLU's mask, an array of x's shape, instead of computing
+# it again from x (9.1 instead of 7 units of traffic, docs/performance.md).
+_OFF_TPU = _barrier_operation("barrier_off_tpu", ("cpu", "cuda", "rocm"))
+
+
+def computed_apart(
+    x: Array, *vectors: Array | None, recomputes: bool = False
+) -> tuple[Any, ...]:
+    """Returns the arguments as values that XLA has not seen before, on CPU.
+
+    Without it, the loop over x would compute vectors again for each element, and what a
+    forward pass has made of x would be stored for the backward pass. With `recomputes`, x
+    is hidden on GPUs too.
+    """
+    if is_small(x):
+        return x, *vectors
+    (x,) = (_OFF_TPU if recomputes else _ON_CPU)(None, (x,))
+    return x, *(None if v is None else _ON_CPU(None, (v,))[0] for v in vectors)

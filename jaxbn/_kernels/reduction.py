@@ -2,51 +2,63 @@
 
 import functools
 import math
-import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn._dtypes import upcast, widest
 from jaxbn._kernels import accelerator, cpu
-from jaxbn._kernels.accelerator import Reduction, Sums, count_of, divisor, opened
-from jaxbn._kernels.barriers import computed_apart
-from jaxbn._kernels.operation import Operation
-from jaxbn._sharding import broadcast_like, vary_together
+from jaxbn._kernels.accelerator import (
+    Reduction,
+    Sums,
+    count_of,
+    divisor,
+    opened,
+)
+from jaxbn._kernels.operation import Operation, computed_apart, number_of_elements
+from jaxbn._sharding import broadcast_like
 from jaxbn._typing import Array, Pair
 
 
-def hide_unweighted(x: Array, weights: Array | None) -> Array:
+def hide_unweighted(x: Array, weights: Array) -> Array:
     """Reads NaN and infinity of weight 0 as 0, so that they reach no sum and no gradient.
 
     Multiplying by the weight would not do: 0 times NaN is NaN, forward and backward.
     """
-    if weights is None:
-        return x
     return jnp.where((weights > 0) | jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
-def count_elements(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Array | None:
-    """Returns the total weight of every feature, of x's rank; None without weights."""
-    if weights is None:
-        return None
+def _count_elements(x: Array, weights: Array, axes: tuple[int, ...]) -> Array:
+    """Returns the total weight of every feature, of x's rank."""
     # Axes along which the weights are constant multiply them instead of being summed.
     repeats = math.prod(x.shape[axis] for axis in axes if weights.shape[axis] == 1)
     features = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
     return jnp.broadcast_to(jnp.sum(weights * repeats, axes, keepdims=True), features)
 
 
-def moments_of(
-    x: Array, weights: Array | None, count: Array | None, axes: tuple[int, ...]
-) -> tuple[Array, Array, Array]:
-    """Returns the mean of x, what its rounding left out, and the biased variance.
+class ExactMoments(NamedTuple):
+    """Moments whose mean is exact: the sum of `mean` and `rest`, what rounding left out."""
 
-    Each is of x's rank, with size 1 along `axes`. The mean of complex x is complex.
-    """
+    mean: Array
+    var: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    rest: Array
+
+
+def exact_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> ExactMoments:
+    """Returns the moments of `x`, of its rank, with size 1 along `axes`."""
+    count = None if weights is None else _count_elements(x, weights, axes)
+    mean, rest, var = _moments(x, weights, count, axes)
+    if count is None:
+        count = jnp.full_like(var, number_of_elements(x, axes))
+    return ExactMoments(mean, var, count, rest)
+
+
+def _moments(x, weights, count, axes):
     if not jnp.iscomplexobj(x):
-        return _MOMENTS(axes, vary_together(Reduction(x, weights, count)))
-    re, im = (moments_of(part, weights, count, axes) for part in (x.real, x.imag))
+        return _MOMENTS(axes, Reduction(x, weights, count))
+    re, im = (_moments(part, weights, count, axes) for part in (x.real, x.imag))
     return *(jax.lax.complex(re[i], im[i]) for i in (0, 1)), re[2] + im[2]
 
 
@@ -109,7 +121,7 @@ def sums(
     With `relu`, the slope and the offset of a map, t counts where its ReLU is open.
     """
     slope, offset = (None, None) if relu is None else relu
-    return _SUMS(axes, vary_together(Sums(x, mean, slope, offset, weights, t)))
+    return _SUMS(axes, Sums(x, mean, slope, offset, weights, t))
 
 
 def _moments_types(axes: tuple[int, ...], of: Reduction) -> tuple[Any, ...]:
@@ -164,11 +176,11 @@ _SUMS.def_linear_in(["t"])
 def _(axes, of, wanted, gradients):
     total, product = gradients
     x, mean, total, product = computed_apart(of.x, of.mean, total, product)
-    parts = []
-    if product is not None:
-        parts.append((upcast(x) - mean) * product)
-    if total is not None:
-        parts.append(broadcast_like(total, x))
-    t = functools.reduce(operator.add, parts)
+    if product is None:
+        t = broadcast_like(total, x)
+    else:
+        t = (upcast(x) - mean) * product
+        t = t if total is None else t + total
     t = t if of.weights is None else t * of.weights
-    return of._replace(t=opened(of._replace(x=x), t).astype(wanted.t.dtype))
+    t = t if of.offset is None else opened(of._replace(x=x), t)
+    return of._replace(t=t.astype(wanted.t.dtype))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._compat import TILES_OF_BFLOAT16
-from jaxbn._kernels.accelerator import SMALL, has_known_size
+from jaxbn._kernels.operation import SMALL, has_known_size
 from jaxbn._sharding import explicit_axes, vary_alike
 from jaxbn._typing import Array, Pair, Shape
 

@@ -10,7 +10,8 @@ from jax.nn import initializers
 
 from jaxbn._axes import as_axes, feature_sizes
 from jaxbn._dtypes import as_dtype, at_least_float32, real_part
-from jaxbn._kernels.normalize import check_epsilon, inverse_deviation
+from jaxbn._kernels.affine_map import inverse_deviation
+from jaxbn._kernels.normalize import check_epsilon
 from jaxbn._layers.normalizer import Normalizer, apply_normalizer
 from jaxbn._state import BatchNormParams, BatchStats, draw
 from jaxbn._statistics.moments import Moments

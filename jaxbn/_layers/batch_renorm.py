@@ -15,7 +15,7 @@ from jaxbn._layers.wrapper import Wrapper
 from jaxbn._sharding import reshard_like
 from jaxbn._state import BatchNormParams, RenormStats
 from jaxbn._statistics.moments import Moments, as_exact
-from jaxbn._statistics.running import check_momentum, is_finite_batch, move
+from jaxbn._statistics.running import check_momentum, is_finite_batch, like_state, move
 from jaxbn._typing import Array, Initializer, Key, Pair
 
 _DEFAULT, _LIMITS = BatchNorm(), RenormLimits()
@@ -200,7 +200,7 @@ class BatchRenorm(Wrapper[RenormStats]):
     ) -> RenormStats:
         """Returns the state after one update; the limits play no part in it."""
         state, batch = lax.stop_gradient((state, batch))
-        batch = Moments(*(reshard_like(array, state.mean) for array in batch[:3]))
+        batch = like_state(batch, state.mean)
         epsilon = self.bn.epsilon
         std = jnp.sqrt(batch.var + epsilon)
         sound = is_finite_batch(batch, std)

@@ -41,9 +41,10 @@ def check_made_by(
 ) -> None:
     """Raises unless params and state are of the types and shapes that `init` makes."""
     made = _made_by(layer, features)
-    if made is not None:
-        _check_fields("params", params, made[0], shape)
-        _check_fields("state", state, made[1], shape)
+    for name, value, kind in zip(
+        ("params", "state"), (params, state), made or (), strict=False
+    ):
+        _check_fields(name, value, kind, shape)
 
 
 def _check_fields(name: str, value: Any, made: Any, shape: Shape) -> None:
@@ -66,11 +67,9 @@ def _check_fields(name: str, value: Any, made: Any, shape: Shape) -> None:
 
 
 def check_adjustment(
-    adjustment: tuple[Array, Array] | None, features: Shape, shape: Shape
+    adjustment: tuple[Array, Array], features: Shape, shape: Shape
 ) -> None:
     """Raises unless `adjustment` is a pair of arrays that fit the features or x."""
-    if adjustment is None:
-        return
     if not isinstance(adjustment, (tuple, list)) or len(adjustment) != 2:
         raise TypeError(
             f"adjustment must be a pair (scale, offset), got {type(adjustment).__name__}. "
@@ -88,9 +87,9 @@ def check_adjustment(
             )
 
 
-def check_residual(residual: Array | None, shape: Shape) -> None:
-    """Raises unless `residual` is None or of the shape of x."""
-    if residual is not None and jnp.shape(residual) != shape:
+def check_residual(residual: Array, shape: Shape) -> None:
+    """Raises unless `residual` is of the shape of x."""
+    if jnp.shape(residual) != shape:
         raise ValueError(
             f"residual must have the shape {shape} of x, got {jnp.shape(residual)}. "
             "Broadcast it first: jnp.broadcast_to(residual, x.shape)."

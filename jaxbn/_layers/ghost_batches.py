@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
+from jaxbn._kernels.reduction import ExactMoments
 from jaxbn._sharding import split_axis
-from jaxbn._statistics.moments import ExactMoments, pool_moments
+from jaxbn._statistics.moments import pool_moments
 from jaxbn._typing import Array, Shape
 
 

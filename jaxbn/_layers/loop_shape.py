@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxbn._axes import expand, reduction_axes
-from jaxbn._kernels.accelerator import has_known_size, is_small
-from jaxbn._kernels.barriers import computed_apart
+from jaxbn._axes import expand
+from jaxbn._kernels.operation import computed_apart, has_known_size, is_small
 from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._sharding import explicit_axes, join_axes
-from jaxbn._typing import Array, Axes, Shape
+from jaxbn._typing import Array, Shape
 
 
 class LoopShape(NamedTuple):
@@ -49,20 +48,21 @@ class LoopShape(NamedTuple):
         return array if self.ghosts is None else self.ghosts.split(array)
 
     def back(self, y: Array, x: Array) -> Array:
-        """Returns `y`, which has the shape of the view, in the shape of `x`."""
+        """Returns `y`, which has this shape, in the shape of `x`."""
         if self.ghosts is not None:
             merged = (*x.shape[: -self.merged], -1) if self.merged else x.shape
             y = join_axes(y, x if not self.merged else x.reshape(merged))
         return computed_apart(y)[0].reshape(x.shape) if self.merged else y
 
 
-def loop_shape_of(x: Array, feature_axes: Axes, ghosts: GhostBatches | None) -> LoopShape:
-    """Returns the view of `x` in which loops are long.
+def loop_shape_of(
+    x: Array, reduced: tuple[int, ...], ghosts: GhostBatches | None
+) -> LoopShape:
+    """Returns the shape of `x`, averaged over the axes `reduced`, in which loops are long.
 
-    The CPU backend makes a loop of the last axis: 7 elements where images of 7 x 7 have
-    their channels first.
+    XLA makes a loop of the last axis on CPU: 7 elements where images of 7 x 7 have their
+    channels first.
     """
-    reduced = reduction_axes(feature_axes, x.shape)
     merged = 0
     while merged < len(reduced) and reduced[-1 - merged] == x.ndim - 1 - merged:
         merged += 1

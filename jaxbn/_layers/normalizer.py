@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._axes import feature_shape, reduction_axes
+from jaxbn._axes import expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_float, upcast, widest
 from jaxbn._kernels.reduction import hide_unweighted
 from jaxbn._layers.checks import (
@@ -175,8 +175,10 @@ def apply_normalizer(
     axes = reduction_axes(layer.feature_axes, x.shape)
     features = feature_shape(layer.feature_axes, x.shape)
     check_made_by(layer, params, state, features, x.shape)
-    check_adjustment(adjustment, features, x.shape)
-    check_residual(residual, x.shape)
+    if adjustment is not None:
+        check_adjustment(adjustment, features, x.shape)
+    if residual is not None:
+        check_residual(residual, x.shape)
     mode, flag = split_mode(training)
     layer.check(state, x, mode is not False, **options)
     if mode is not False:
@@ -189,9 +191,8 @@ def apply_normalizer(
     if mode is False:
         adjustment, options = None, {}
     try:
-        y, after = _apply(
-            layer, mode, params, state, x, weights, residual, adjustment, flag, options
-        )
+        arrays = params, state, x, weights, residual, adjustment
+        y, after = _apply(layer, mode, axes, *arrays, flag, options)
     except NotImplementedError as error:
         if layer.axis_index_groups is None:
             raise
@@ -205,23 +206,26 @@ def apply_normalizer(
 # Not inlined: JAX traces, differentiates and lowers this once for all layers of equal
 # settings and shapes, and a network holds calls of it. XLA inlines the calls before it
 # optimizes anything ("call-inliner"), so the compiled program is the same.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(layer, training, params, state, x, weights, residual, adjustment, flag, options):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _apply(
+    layer, training, axes, params, state, x, weights, residual, adjustment, flag, options
+):
     with jax.named_scope(f"jaxbn.{type(layer).__name__}"):
         ghosts = None if training is False else layer.ghost_batches
-        shape = loop_shape_of(x, layer.feature_axes, ghosts)
+        # Any other shape than x's own is for ghost batches and for channels first.
+        other = ghosts is not None or axes[-1] == x.ndim - 1
+        shape = loop_shape_of(x, axes, ghosts) if other else None
         given = Given(layer.running(state), layer.scale_and_bias(params), adjustment)
-        plan, captured = _plan(layer, training, shape, x, weights, given)
-        y, batch = normalized(
-            plan,
-            shape.of(hide_unweighted(x, weights)),
-            *jax.tree.map(shape.of, (weights, residual)),
-            captured,
-            jax.tree.map(shape.of, given),
-            flag,
-            lax.stop_gradient((state, options)),
-        )
-        y = shape.back(y, x)
+        plan, captured = _plan(layer, training, axes, shape, x, weights, given)
+        seen = x if weights is None else hide_unweighted(x, weights)
+        if shape is None:
+            given = jax.tree.map(lambda a: expand(a, axes) if a.ndim < x.ndim else a, given)
+        else:
+            everything = seen, weights, residual, given
+            seen, weights, residual, given = jax.tree.map(shape.of, everything)
+        frozen = lax.stop_gradient((state, options))
+        y, batch = normalized(plan, seen, weights, residual, captured, given, flag, frozen)
+        y = y if shape is None else shape.back(y, x)
         if layer.activation is not None and plan.activation is None:
             y = layer.activation(y)
         if batch is None:
@@ -238,7 +242,8 @@ def _apply(layer, training, params, state, x, weights, residual, adjustment, fla
 def _plan(
     layer: Any,
     training: bool | None,
-    shape: LoopShape,
+    axes: tuple[int, ...],
+    shape: LoopShape | None,
     x: Array,
     weights: Array | None,
     given: Given,
@@ -250,11 +255,13 @@ def _plan(
         dtype = wide if jnp.issubdtype(wide, jnp.complexfloating) else x.dtype
     # Fuse an activation on a reshaped x only if it is known to be elementwise (relu).
     relu, captured = layer.activation is jax.nn.relu, ()
-    plain = shape.ghosts is None and not shape.merged
+    ghosts = None if shape is None else shape.ghosts
+    plain = ghosts is None and (shape is None or not shape.merged)
+    axes = axes if shape is None else shape.axes
     fused = layer.activation if plain or relu else None
     if fused is not None and not relu:
         # What it captured, such as the slope of a parametric ReLU, may be differentiated.
         fused, captured = jax.closure_convert(fused, jax.ShapeDtypeStruct(x.shape, wide))
     certain = weights is None and all(isinstance(n, int) and n > 0 for n in x.shape)
-    plan = Plan(layer, shape.axes, training, shape.ghosts, certain, fused, wide, dtype)
+    plan = Plan(layer, axes, training, ghosts, certain, fused, wide, dtype)
     return plan, captured

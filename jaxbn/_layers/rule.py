@@ -15,11 +15,10 @@ from jax.custom_derivatives import SymbolicZero
 from jaxbn._dtypes import real_part, upcast
 from jaxbn._kernels.accelerator import Map, divisor
 from jaxbn._kernels.affine_map import affine_map, affine_map_tangent
-from jaxbn._kernels.barriers import computed_apart
-from jaxbn._kernels.reduction import moments_tangent
+from jaxbn._kernels.operation import computed_apart
+from jaxbn._kernels.reduction import ExactMoments, exact_moments, moments_tangent
 from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._sharding import where_alike, zeros_of_types
-from jaxbn._statistics.moments import ExactMoments, exact_moments
 from jaxbn._statistics.sync import sum_over_devices, sync_exact
 from jaxbn._typing import Activation, Array, DTypeLike, Pair
 
@@ -120,7 +119,8 @@ def _moments_moving(plan, x, weights, batch, moving):
     moments = batch.mean, batch.rest, batch.var
     totals = moments_tangent(x, weights, moments, moving, plan.axes)
     layer = plan.layer
-    totals = sum_over_devices(totals, layer.axis_name, layer.axis_index_groups)
+    if layer.axis_name is not None:
+        totals = sum_over_devices(totals, layer.axis_name, layer.axis_index_groups)
     n = batch.count if plan.certain else divisor(batch.count)
     return tuple(total / n.astype(total.dtype) for total in totals)
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from jaxbn._axes import as_axes, reduction_axes
 from jaxbn._dtypes import as_float
-from jaxbn._kernels.accelerator import divisor, number_of_elements
+from jaxbn._kernels.accelerator import divisor
 from jaxbn._kernels.compensated import two_sum
-from jaxbn._kernels.reduction import count_elements, hide_unweighted, moments_of
+from jaxbn._kernels.reduction import ExactMoments, exact_moments, hide_unweighted
 from jaxbn._statistics.weights import prepare_weights
 from jaxbn._typing import Array, Axes
 
@@ -84,33 +84,15 @@ def moments(x: Array, *, feature_axes: Axes = -1, weights: Array | None = None) 
 @functools.partial(jax.jit, static_argnums=2)
 def batch_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
     """Returns the moments of `x` over `axes`, given prepared weights."""
-    x = hide_unweighted(x, weights)
+    x = x if weights is None else hide_unweighted(x, weights)
     batch = exact_moments(x, weights, axes)
     return Moments(*(jnp.squeeze(array, axes) for array in batch[:3]))
-
-
-class ExactMoments(NamedTuple):
-    """Moments whose mean is exact: the sum of `mean` and `rest`, what rounding left out."""
-
-    mean: Array
-    var: Array
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    rest: Array
 
 
 def as_exact(batch: Any) -> ExactMoments:
     """Returns `Moments`, or exact ones, as exact ones."""
     rest = batch.rest if hasattr(batch, "rest") else jnp.zeros_like(batch.mean)
     return ExactMoments(*batch[:3], rest)
-
-
-def exact_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> ExactMoments:
-    """Returns the moments of `x`, of its rank, with size 1 along `axes`."""
-    count = count_elements(x, weights, axes)
-    mean, rest, var = moments_of(x, weights, count, axes)
-    if count is None:
-        count = jnp.full_like(var, number_of_elements(x, axes))
-    return ExactMoments(mean, var, count, rest)
 
 
 def pool_moments(parts: ExactMoments, *, averaged: bool = False) -> ExactMoments:

@@ -128,14 +128,22 @@ def updated_stats(
     # Without the stop, differentiating a loss through two steps would differentiate the
     # first batch's statistics again.
     state, batch = lax.stop_gradient((state, batch))
-    batch = Moments(*(reshard_like(array, state.mean) for array in batch[:3]))
-    var = batch.var * _bessel(batch.count, ddof)
+    batch = like_state(batch, state.mean)
+    var = batch.var * _bessel(batch.count, ddof) if ddof else batch.var
     sound = is_finite_batch(batch, var)
     rate, weight = _rate(state, momentum)
     if weight is not None and state.weight is not None:
         weight = jnp.where(sound, weight, state.weight)
     mean = move(state.mean, batch.mean, rate, sound)
     return BatchStats(mean, move(state.var, var, rate, sound), weight)
+
+
+def like_state(batch: Moments, mean: Array) -> Moments:
+    """Returns the moments with the sharding of the running mean."""
+    batch = Moments(*batch[:3])
+    if jax.typeof(batch.mean).sharding == jax.typeof(mean).sharding:
+        return batch
+    return Moments(*(reshard_like(array, mean) for array in batch))
 
 
 def is_finite_batch(batch: Moments, var: Array) -> Array:

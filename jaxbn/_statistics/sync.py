@@ -17,7 +17,8 @@ from jaxbn._kernels.compensated import (
     two_product,
     two_sum,
 )
-from jaxbn._statistics.moments import ExactMoments, Moments
+from jaxbn._kernels.reduction import ExactMoments
+from jaxbn._statistics.moments import Moments
 from jaxbn._statistics.named_axes import as_groups, check_axis, check_nesting
 from jaxbn._typing import Array, AxisGroups, AxisName
 
@@ -107,11 +108,9 @@ def sync_exact(
 
 
 def sum_over_devices(
-    parts: tuple[Array, ...], axis_name: AxisName | None, groups: AxisGroups | None
+    parts: tuple[Array, ...], axis_name: AxisName, groups: AxisGroups | None
 ) -> tuple[Array, ...]:
     """Returns sums of one shape over the devices, in one collective."""
-    if axis_name is None:
-        return parts
     if not jnp.iscomplexobj(parts[0]):
         return tuple(_sum(jnp.stack(parts), axis_name, groups))
     first, *others = parts
