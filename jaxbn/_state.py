@@ -1,4 +1,4 @@
-"""What is trained (`BatchNormParams`), what is tracked (`BatchStats`), and kinds of both."""
+"""What is trained (`BatchNormParams`) and what is tracked, by registered kinds."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable

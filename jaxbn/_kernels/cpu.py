@@ -1,10 +1,10 @@
 """The formulations for CPUs, where XLA reads x again for every sum over whole axes.
 
-Such a sum runs at the speed of memory if XLA makes one fusion of it and of all that it reads
-("__ynn_fusion"), and it gives that up when something else reads the same intermediate value:
-float32 from bfloat16, x minus its mean. So every sum reads x behind an optimization barrier
-of its own, which XLA removes only after fusing. Worth 2 to 8 times the speed of a pass in
-bfloat16 and 1.3 in float32 (docs/performance.md); costs some equations and no compile time.
+Such a sum runs at the speed of memory if XLA makes one fusion of it and of all that it
+reads ("__ynn_fusion"), and it gives that up when something else reads the same intermediate
+value: float32 from bfloat16, x minus its mean. So every sum reads x behind an optimization
+barrier of its own, which XLA removes only after fusing. Without them a pass in bfloat16
+stores two copies of x in float32; docs/performance.md tells what each formulation is worth.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
         return _tiled_moments(axes, of, cut)
     first = _unseen(of)
     mean = mean_of(axes, first, upcast(first.x))
-    second = _unseen(of, mean)
+    second = _unseen(of, lax.full_like(mean, 1))
     square = mean_of(axes, second, upcast(second.x), upcast(second.x))
     squared = mean * mean
     well = jnp.all(squared <= ILL_CONDITIONED * (square - squared))

@@ -159,14 +159,14 @@ _SUMS = Operation("sums", _sums_types, accelerator.sums, {"cpu": cpu.sums}, _bat
 
 @_MOMENTS.def_tangent
 def _(axes, of, moving):
-    found = mean, rest, var = _MOMENTS(axes, of)
+    found = _MOMENTS(axes, of)
     # The terms of the weights hold what the count would add.
     if moving.x is None and moving.weights is None:
         return found, tuple(map(jnp.zeros_like, found))
     moved = None if moving.x is None else upcast(moving.x), moving.weights
     totals = moments_tangent(of.x, of.weights, found, moved, axes)
     n = divisor(count_of(axes, of))
-    return found, (totals[0] / n, jnp.zeros_like(rest), totals[1] / n)
+    return found, (totals[0] / n, jnp.zeros_like(found[1]), totals[1] / n)
 
 
 _SUMS.def_linear_in(["t"])

@@ -1,1 +1,1 @@
-"""The normalizers: the protocol, the checks, the one rule, `BatchNorm` and what wraps it."""
+"""The normalizers: their protocol, the one rule, `BatchNorm` and what wraps it."""

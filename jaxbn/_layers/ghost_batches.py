@@ -43,7 +43,7 @@ class GhostBatches(NamedTuple):
         return (rows, *(axis + 1 for axis in axes if axis != 0))
 
     def all_axes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns those of `axes`, which are reduced after `split`, and that of the groups."""
+        """Returns `axes`, which are reduced after `split`, and that of the groups."""
         return tuple(sorted({0, 1, *axes}))
 
     def split(self, array: Array) -> Array:

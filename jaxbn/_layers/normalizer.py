@@ -129,7 +129,7 @@ class Normalizer(Protocol[Params, State]):
         return params.scale, params.bias  # pyright: ignore[reportAttributeAccessIssue]
 
     def correction(self, state: State, batch: Moments, **options: Any) -> Pair | None:
-        """Returns what multiplies and shifts the standardized batch in training, or None."""
+        """Returns what multiplies and shifts the standardized batch, or None."""
         return None
 
     def check(self, state: State, x: Array, tracks: bool, **options: Any) -> None:

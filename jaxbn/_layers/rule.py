@@ -113,8 +113,8 @@ def _reduced(plan: Plan, x: Array, weights: Array | None, flag: Any) -> ExactMom
 def _moments_moving(plan, x, weights, batch, moving):
     """Returns the tangents of the mean and the variance.
 
-    Whatever the flag says, which decides in `line_of`: that costs the backward pass nothing,
-    and JAX cannot transpose a conditional that a vmap has made a select.
+    Whatever the flag says, which decides in `line_of`: that costs the backward pass
+    nothing, and JAX cannot transpose a conditional that a vmap has made a select.
     """
     moments = batch.mean, batch.rest, batch.var
     totals = moments_tangent(x, weights, moments, moving, plan.axes)
