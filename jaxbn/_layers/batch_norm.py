@@ -155,10 +155,11 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
         features = feature_sizes(num_features, self.feature_axes)
         keys = (None,) * 4 if key is None else jax.random.split(key, 4)
         stats_dtype = at_least_float32(self.param_dtype)
+        var_dtype = real_part(stats_dtype)
         scale = draw(scale_init, keys[0], features, self.param_dtype)
         bias = draw(bias_init, keys[1], features, self.param_dtype)
         mean = draw(mean_init, keys[2], features, stats_dtype)
-        var = draw(var_init, keys[3], features, real_part(stats_dtype))
+        var = draw(var_init, keys[3], features, var_dtype)
         has_weight = self.debias or self.momentum is None
         weight = jnp.zeros_like(var) if has_weight else None
         params = BatchNormParams(
@@ -245,4 +246,5 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
         """Raises if x is complex and the state real, or for a momentum out of range."""
         if tracks:
             check_real(state, x.dtype)
-        check_momentum(momentum)
+        if momentum is not None:
+            check_momentum(momentum)
