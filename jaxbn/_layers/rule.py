@@ -121,7 +121,7 @@ def _moments_moving(plan, x, weights, batch, moving):
     layer = plan.layer
     if layer.axis_name is not None:
         totals = sum_over_devices(totals, layer.axis_name, layer.axis_index_groups)
-    n = batch.count if plan.certain else divisor(batch.count)
+    n = batch.count if plan.certain and plan.training else divisor(batch.count)
     return tuple(total / n.astype(total.dtype) for total in totals)
 
 

@@ -96,7 +96,8 @@ def test_first_and_second_derivatives_of_every_mode(
         return (first, dot(reverse, along)), seconds
 
     loops = "stablehlo.while" in jax.jit(gradient).lower(values).as_text()
-    assert loops == (formulation == "tiles")
+    # Tiles of float32 are taken with the features last.
+    assert loops == (formulation == "tiles" and feature_axes == -1)
     firsts, seconds = derivatives(values, along)
     h = 1e-4
     before, at, after = (problem.truth(step) for step in (-h, 0, h))
