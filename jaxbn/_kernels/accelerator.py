@@ -125,13 +125,19 @@ def sample_mean(axes: tuple[int, ...], x: Array) -> Array:
 def mean_of(
     axes: tuple[int, ...], of: Reduction, values: Array, times: Array | None = None
 ) -> Array:
-    """Returns the weighted mean of `values`, or of values times `times`, and 0 of nothing.
+    """Returns the weighted mean of values, or of values times others; 0 of nothing."""
+    return weighted_sum(axes, of, values, times) / divisor(count_of(axes, of))
+
+
+def weighted_sum(
+    axes: tuple[int, ...], of: Reduction, values: Array, times: Array | None = None
+) -> Array:
+    """Returns the weighted sum of `values`, or of values times `times`.
 
     The weight comes first in the product: 0 times a square that overflowed is NaN.
     """
     weighted = values if of.weights is None else values * of.weights
-    total = total_of(weighted if times is None else weighted * times, axes)
-    return total / divisor(count_of(axes, of))
+    return total_of(weighted if times is None else weighted * times, axes)
 
 
 def total_of(x: Array, axes: tuple[int, ...]) -> Array:

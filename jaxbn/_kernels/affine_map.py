@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxbn._kernels import accelerator, cpu
 from jaxbn._kernels.accelerator import Map, MapSettings, MapTangent, opened
@@ -86,13 +87,18 @@ def _alike(x: Array, slope: Array | None, offset: Array | None) -> tuple[Any, An
     return tuple(None if t is None else next(both) for t in (slope, offset))
 
 
-def inverse_deviation(var: Array, epsilon: float) -> Array:
-    """Returns one over the standard deviation, 1 / sqrt(var + epsilon).
+@jax.custom_jvp
+def inverse_deviation(var: Array, epsilon: Array) -> Array:
+    """Returns one over the standard deviation, 1 / sqrt(var + epsilon)."""
+    return lax.rsqrt(var + epsilon)
 
-    As a quotient, whose derivative is made of factors none of which underflows where var
-    is above 1e25, as the cube of `rsqrt` would.
-    """
-    return 1 / jnp.sqrt(var + jnp.asarray(epsilon, var.dtype))
+
+@inverse_deviation.defjvp
+def _(primals, tangents):
+    inverse = inverse_deviation(*primals)
+    # Multiplied up one factor at a time: the cube of `inverse` underflows where var is
+    # above 1e25, although the product with the tangent does not.
+    return inverse, -0.5 * inverse * (inverse * (inverse * tangents[0]))
 
 
 def _typed_like_x(dtype: DTypeLike, of: Any) -> tuple[Any]:

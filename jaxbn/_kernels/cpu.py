@@ -22,8 +22,10 @@ from jaxbn._kernels.accelerator import (
     Sums,
     Triple,
     combined,
-    mean_of,
+    count_of,
+    divisor,
     opened,
+    weighted_sum,
 )
 from jaxbn._kernels.compensated import settled
 from jaxbn._kernels.operation import is_small
@@ -45,23 +47,24 @@ def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
     cut = tiles.cut(of.x, axes, 1) if whole and of.weights is None else None
     if cut is not None:
         return _tiled_moments(axes, of, cut)
-    first = _unseen(of)
-    mean = mean_of(axes, first, upcast(first.x))
-    second = _unseen(of, lax.full_like(mean, 1))
-    square = mean_of(axes, second, upcast(second.x), upcast(second.x))
-    squared = mean * mean
-    well = jnp.all(squared <= ILL_CONDITIONED * (square - squared))
-    shift = settled(mean)
+    first, second = _unseen(of), _unseen(of, lax.full_like(of.x, 1, shape=(1,)))
+    total = weighted_sum(axes, first, upcast(first.x))
+    square = weighted_sum(axes, second, upcast(second.x), upcast(second.x))
+    count = divisor(count_of(axes, of))
+    squared = (total / count) * (total / count)
+    well = jnp.all(squared <= ILL_CONDITIONED * (square / count - squared))
+    shift = settled(total / count)
 
     def again() -> tuple[Array, Array]:
         first, by = _unseen((of, shift))
-        slip = mean_of(axes, first, upcast(first.x) - by)
+        slip = weighted_sum(axes, first, upcast(first.x) - by)
         second, around = _unseen((of, shift), slip)
         deviation = upcast(second.x) - around
-        return slip, mean_of(axes, second, deviation, deviation)
+        return slip, weighted_sum(axes, second, deviation, deviation)
 
-    slip, spread = lax.cond(well, lambda: (mean, square), again)
-    return combined(lax.select(well, lax.full_like(shift, 0), shift), slip, spread)
+    slip, spread = lax.cond(well, lambda: (total, square), again)
+    shift = lax.select(well, lax.full_like(shift, 0), shift)
+    return combined(shift, slip / count, spread / count)
 
 
 def _tiled_moments(axes: tuple[int, ...], of: Reduction, cut: tiles.Cut) -> Triple:
@@ -73,7 +76,7 @@ def _tiled_moments(axes: tuple[int, ...], of: Reduction, cut: tiles.Cut) -> Trip
         return deviation, deviation * deviation
 
     totals = tiles.sums(powers, cut, (of.x,), (shift,))
-    count = accelerator.divisor(accelerator.count_of(axes, of))
+    count = divisor(count_of(axes, of))
     return combined(shift, *(total / count for total in totals))
 
 

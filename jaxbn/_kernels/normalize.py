@@ -94,7 +94,9 @@ def normalize_aligned(
     assert var is not None
     given = [array for array in (mean, scale, bias) if array is not None]
     wide = widest(upcast(x).dtype, *(array.dtype for array in given))
-    slope = inverse_deviation(var.astype(real_part(wide)), epsilon).astype(wide)
+    slope = inverse_deviation(
+        var.astype(real_part(wide)), jnp.asarray(epsilon, real_part(wide))
+    ).astype(wide)
     if scale is not None:
         slope = slope * scale.astype(wide)
     offset = None if bias is None else bias.astype(wide)

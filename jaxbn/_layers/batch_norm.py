@@ -231,7 +231,7 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
 
     def standardize(self, mean: Array, var: Array) -> tuple[Array, Array | None]:
         """Returns one over the standard deviation, and no offset."""
-        return inverse_deviation(var, self.epsilon), None
+        return inverse_deviation(var, jnp.asarray(self.epsilon, var.dtype)), None
 
     def track(
         self, state: BatchStats, batch: Moments, *, momentum: float | Array | None = None
