@@ -8,6 +8,7 @@ Example:
 """
 
 import importlib as _importlib
+from typing import Any as _Any
 
 from jaxbn._accumulation.gather import Gather
 from jaxbn._accumulation.reestimate import reestimate
@@ -103,7 +104,7 @@ _EXTRAS = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> _Any:
     """Imports a subpackage when it is used first, or tells which extra installs it."""
     if name not in _EXTRAS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -69,7 +69,7 @@ class Ema:
     _: dataclasses.KW_ONLY
     debias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.decay, (int, float)) or isinstance(self.decay, bool):
             raise TypeError(
                 f"decay must be a Python number, got {self.decay!r}. Pass one that changes "
@@ -211,7 +211,7 @@ class ModelAverage:
 
     decay: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._ema()
 
     def init(self, params: PyTree, stats: PyTree) -> AverageState:

@@ -1,24 +1,26 @@
 """Dropout in both conventions: scaled while training, or scaled at inference."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._dtypes import as_float
 from jaxbn._layers.checks import split_mode
-from jaxbn._typing import Array, Key
+from jaxbn._typing import Array, ArrayLike, Key
 
 SCALED_AT = ("training", "inference")
 
 
 def dropout(
     key: Key,
-    x: Array,
+    x: ArrayLike,
     rate: float | Array,
     training: bool | Array,
     *,
     broadcast_axes: tuple[int, ...] = (),
-    scaled_at: str = "training",
+    scaled_at: Literal["training", "inference"] = "training",
 ) -> Array:
     r"""Returns `x` with a random part of its elements set to 0 while training.
 

@@ -4,9 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from jaxbn._typing import Array, DTypeLike
+from jaxbn._typing import Array, ArrayLike, DTypeLike
 
 
 def as_dtype(dtype: DTypeLike | None) -> jnp.dtype | None:

@@ -158,7 +158,8 @@ class BatchStats(NamedTuple):
     def renewed(self, mean: Array, var: Array) -> "BatchStats":
         """Returns the state after a data set of these moments."""
         weight = self.weight
-        # As a debiased average that has forgotten its start, or as a mean of as many.
+        # 1 is a debiased average that has forgotten its start, and a mean of one batch; a
+        # mean of more batches keeps their number.
         return BatchStats(mean, var, None if weight is None else jnp.maximum(weight, 1))
 
     def pooled(self, pool: Callable[[Array, Array], Pair]) -> "BatchStats":

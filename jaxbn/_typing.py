@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
 import jax
+from jax.typing import ArrayLike as ArrayLike
 
 Array: TypeAlias = jax.Array
 Axes: TypeAlias = int | tuple[int, ...]
@@ -14,5 +15,6 @@ AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
 AxisGroups: TypeAlias = tuple[tuple[int, ...], ...]
 PyTree: TypeAlias = Any
 Pair: TypeAlias = tuple[jax.Array, jax.Array]
+PairLike: TypeAlias = tuple[ArrayLike, ArrayLike]
 Activation: TypeAlias = Callable[..., jax.Array]
 Initializer: TypeAlias = Callable[[Any, Shape, Any], jax.Array]

@@ -1,7 +1,7 @@
 """Gathering: the moments of several batches, pooled, and tracked as those of one."""
 
 import dataclasses
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ from jax import lax
 from jaxbn._accumulation.state import Gathered
 from jaxbn._layers.checks import split_mode
 from jaxbn._layers.ghost_batches import GhostBatches
-from jaxbn._layers.normalizer import Normalizer, require
+from jaxbn._layers.normalizer import Normalizer, Params, State, require
 from jaxbn._layers.wrapper import Wrapper
 from jaxbn._sharding import reshard_like
 from jaxbn._statistics.moments import Moments, merge_moments, moments
 from jaxbn._statistics.sync import sync_moments
-from jaxbn._typing import Array
+from jaxbn._typing import Array, ArrayLike
 
 # The keywords of `apply` that its `track` does not take.
 NOT_TRACKED = {"weights", "residual", "adjustment"}
@@ -23,7 +23,7 @@ NOT_TRACKED = {"weights", "residual", "adjustment"}
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Gather(Wrapper[Any]):
+class Gather(Wrapper[Params, State]):
     """A norm that can gather: with a state from `gather`, it pools before it tracks.
 
     Each batch is normalized as by `inner`. With a `Gathered` state, the moments of the
@@ -58,9 +58,9 @@ class Gather(Wrapper[Any]):
     microbatches lie apart.
     """
 
-    inner: Normalizer
+    inner: Normalizer[Params, State]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require("Gather", self.inner, "standardize", "track", "correction", "running")
 
     @property
@@ -68,12 +68,35 @@ class Gather(Wrapper[Any]):
         """What normalizes."""
         return self.inner
 
+    @overload
     def apply(
         self,
-        params: Any,
-        state: Any,
-        x: Array,
+        params: Params,
+        state: Gathered,
+        x: ArrayLike,
         training: bool | Array,
+        *_: Any,
+        **options: Any,
+    ) -> tuple[Array, Gathered]: ...
+
+    @overload
+    def apply(
+        self,
+        params: Params,
+        state: State,
+        x: ArrayLike,
+        training: bool | Array,
+        *_: Any,
+        **options: Any,
+    ) -> tuple[Array, State]: ...
+
+    def apply(
+        self,
+        params: Params,
+        state: Any,
+        x: ArrayLike,
+        training: bool | Array,
+        *_: Any,
         **options: Any,
     ) -> tuple[Array, Any]:
         """Returns the normalized `x` and the state after it.
@@ -88,7 +111,7 @@ class Gather(Wrapper[Any]):
             return pooling.apply(
                 params, state.start, x, True, pooled=state.batch, **options
             )
-        y, _ = self.inner.apply(params, state.start, x, training, **options)
+        y = self.inner.apply(params, state.start, x, training, **options)[0]
         inner, weights = self.wrapped, options.get("weights")
         batch = moments(x, feature_axes=inner.feature_axes, weights=weights)
         if inner.axis_name is not None:
@@ -108,17 +131,17 @@ class Gather(Wrapper[Any]):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Pooling(Wrapper[Any]):
+class _Pooling(Wrapper[Any, Any]):
     """A normalizer that pools the moments of a batch with earlier ones before it tracks."""
 
-    inner: Normalizer
+    inner: Normalizer[Any, Any]
 
     @property
     def wrapped(self) -> Any:
         return self.inner
 
     @property
-    def ghost_batches(self) -> GhostBatches | None:
+    def ghost_batches(self) -> GhostBatches | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The division of `inner`, of which all elements are always pooled."""
         ghosts = self.wrapped.ghost_batches
         return None if ghosts is None else ghosts._replace(averaged=False)
@@ -127,7 +150,7 @@ class _Pooling(Wrapper[Any]):
         self.wrapped.check(state, x, tracks, **options)
 
     def correction(self, state: Any, batch: Moments, *, pooled: Any, **options: Any):
-        # What corrects this batch is its own, as without gathering.
+        # A batch is corrected by its own moments, not by the pooled ones.
         return self.wrapped.correction(state, batch, **options)
 
     def track(self, state: Any, batch: Moments, *, pooled: Moments, **options: Any) -> Any:

@@ -14,7 +14,7 @@ from jaxbn._accumulation.gather import Gather
 from jaxbn._accumulation.state import Gathered
 from jaxbn._dtypes import at_least_float32, widest
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.normalizer import Normalizer
+from jaxbn._layers.functions import InitApply
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._statistics.named_axes import as_groups
 from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape
@@ -157,19 +157,19 @@ def _merge_mask(mask: ArrayLike | None, weights: Any, ndim: int) -> Any:
     return jnp.expand_dims(mask, tuple(range(ndim - mask.ndim)))
 
 
-def feature_axes_of(normalizer: Normalizer) -> Axes:
+def feature_axes_of(normalizer: InitApply[Any, Any]) -> Axes:
     """Returns the feature axes of a normalizer, which is free not to name any."""
     return getattr(normalizer, "feature_axes", -1)
 
 
-def num_features_of(normalizer: Normalizer, shape: Shape) -> int | Shape:
+def num_features_of(normalizer: InitApply[Any, Any], shape: Shape) -> int | Shape:
     """Returns what `normalizer.init` is to be called with for inputs of `shape`."""
     sizes = variable_shape(feature_axes_of(normalizer), shape)
     return sizes[0] if len(sizes) == 1 else sizes
 
 
 def kinds_of(
-    normalizer: Normalizer, num_features: int | Shape, options: Mapping[str, Any]
+    normalizer: InitApply[Any, Any], num_features: int | Shape, options: Mapping[str, Any]
 ) -> tuple[PyTree, PyTree]:
     """Returns the shapes of what `normalizer.init` returns, traced once for equal calls."""
     key = normalizer, num_features, tuple(options.items())

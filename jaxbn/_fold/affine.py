@@ -32,7 +32,9 @@ class Affine(NamedTuple):
     bias: Array
 
 
-def as_affine(params: Any, state: Any, normalizer: Normalizer = _DEFAULT) -> Affine:
+def as_affine(
+    params: Any, state: Any, normalizer: Normalizer[Any, Any] = _DEFAULT
+) -> Affine:
     r"""Returns the affine map that a norm is in inference.
 
     .. math::
@@ -87,7 +89,7 @@ def as_affine(params: Any, state: Any, normalizer: Normalizer = _DEFAULT) -> Aff
     return Affine(slope, offset)
 
 
-def _check_affine(normalizer: Normalizer) -> None:
+def _check_affine(normalizer: Normalizer[Any, Any]) -> None:
     """Raises unless a normalizer tells what affine map it is in inference."""
     require("as_affine", normalizer, "running", "standardize", "scale_and_bias")
     activation = getattr(normalizer, "activation", None)

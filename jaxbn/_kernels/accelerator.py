@@ -16,7 +16,7 @@ from jaxbn._dtypes import upcast
 from jaxbn._kernels.compensated import settled, two_sum
 from jaxbn._kernels.operation import has_known_size, is_small, number_of_elements
 from jaxbn._sharding import broadcast_like, unsplit_axes
-from jaxbn._typing import Array, Axes, DTypeLike
+from jaxbn._typing import Array, DTypeLike
 
 Triple = tuple[Array, Array, Array]
 
@@ -33,7 +33,7 @@ class Reduction(NamedTuple):
 
     x: Array
     weights: Array | None
-    count: Array | None
+    count: Array | None  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Map(NamedTuple):
@@ -214,7 +214,7 @@ def opened(of: MapTangent | Sums, t: Array) -> Array:
     return lax.select(y > 0, t, lax.full_like(t, 0))
 
 
-def sums(axes: Axes, of: Sums, whole: bool) -> tuple[Array, Array]:
+def sums(axes: tuple[int, ...], of: Sums, whole: bool) -> tuple[Array, Array]:
     """Returns the sum of t and that of t (x - mean)."""
     t = opened(of, upcast(of.t))
     t = t if of.weights is None else t * of.weights

@@ -70,7 +70,7 @@ def affine_map_tangent(
     return _TANGENT(jnp.dtype(dtype), operands)[0]
 
 
-def _alike(x: Array, slope: Array | None, offset: Array | None) -> tuple[Any, Any]:
+def _alike(x: Array, slope: Array | None, offset: Array | None) -> Any:
     """Types both as x is between devices, in one piece, and gives both one shape.
 
     One sum over devices then brings both gradients back.
@@ -155,7 +155,7 @@ def _(dtype, of, wanted, gradients):
 
 def _gradients_of_vectors(
     of: MapTangent, relu: Pair | None, gradient: Array, wanted: tuple[Any, Any]
-) -> Pair:
+) -> Any:
     """Returns the gradients of the offset and of the slope, in the shape of both."""
     (kind, *_) = (kind for kind in wanted if kind is not None)
     axes = tuple(axis for axis, size in enumerate(kind.shape) if size == 1)

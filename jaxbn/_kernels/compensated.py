@@ -36,7 +36,7 @@ def halves_below(a: Array, above: Array) -> Pair:
     as `halves` does, those of several devices would not be cut at one place.
     """
     digits = jnp.finfo(a.dtype).nmant + 1
-    # Adding 1.5 units of such a size leaves no room for the digits below.
+    # Adding 1.5 units of such a size rounds the digits below away.
     unit = jnp.asarray(1.5 * 2.0 ** -(digits // 2), a.dtype) * _leading(above, 1)
     high = (a + unit) - unit
     return high, a - high

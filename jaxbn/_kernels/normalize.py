@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jaxbn._axes import as_axes, expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_dtype, as_float, real_part, upcast, widest
 from jaxbn._kernels.affine_map import affine_map, inverse_deviation
-from jaxbn._typing import Array, Axes, DTypeLike
+from jaxbn._typing import Array, ArrayLike, Axes, DTypeLike
 
 
 def normalize(
-    x: Array,
-    mean: Array,
-    var: Array,
-    scale: Array | None = None,
-    bias: Array | None = None,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     feature_axes: Axes = -1,
     epsilon: float = 1e-5,

@@ -66,7 +66,7 @@ class Operation:
             mlir.register_lowering(primitive, _lowering(formulation), platform=platform)
         batching.primitive_batchers[primitive] = self._batch
 
-    def __call__(self, static: Any, operands: Any) -> tuple[Array, ...]:
+    def __call__(self, static: Any, operands: Any) -> Any:
         """Returns the results; `static` must be hashable."""
         if jax.sharding.get_abstract_mesh().manual_axes:
             operands = vary_together(operands)

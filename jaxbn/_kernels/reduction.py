@@ -160,7 +160,7 @@ _SUMS = Operation("sums", _sums_types, accelerator.sums, {"cpu": cpu.sums}, _bat
 @_MOMENTS.def_tangent
 def _(axes, of, moving):
     found = _MOMENTS(axes, of)
-    # The terms of the weights hold what the count would add.
+    # The derivative through the count is contained in that through the weights.
     if moving.x is None and moving.weights is None:
         return found, tuple(map(jnp.zeros_like, found))
     moved = None if moving.x is None else upcast(moving.x), moving.weights

@@ -8,7 +8,7 @@ to each device, so tiles are for whole arrays.
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,7 +21,8 @@ from jaxbn._typing import Array, Pair, Shape
 # Elements of a tile. A constant, since a program must not depend on the machine that traces
 # it; two sums of so many stay within the own caches of two cores and of more.
 TILE = 1 << 15
-# So many tiles are read in one turn, or reading and writing the sums would take as long.
+# Tiles read in one turn of the loop. With fewer, loading and storing the running sums
+# takes as long as reading x.
 AT_ONCE = 4
 # Shorter rows are joined: a loop over each would take few steps of a vector processor.
 LONG = 128
@@ -72,7 +73,7 @@ def sums(
     cut: Cut,
     arrays: tuple[Array, ...],
     vectors: tuple[Array, ...],
-) -> Pair:
+) -> Any:
     """Returns the sums of the two that `function` makes, elementwise, of its arguments.
 
     A vector holds one value for each feature. The sums have the shape of the first one.

@@ -19,13 +19,14 @@ from jaxbn._statistics.named_axes import as_groups
 from jaxbn._statistics.running import check_ddof, check_momentum, check_real, updated_stats
 from jaxbn._typing import (
     Array,
+    ArrayLike,
     Axes,
     AxisGroups,
     AxisName,
     DTypeLike,
     Initializer,
     Key,
-    Pair,
+    PairLike,
 )
 
 
@@ -97,7 +98,7 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Canonical spellings, so that equal settings compare and hash as equal.
         object.__setattr__(self, "feature_axes", as_axes(self.feature_axes))
         object.__setattr__(self, "dtype", as_dtype(self.dtype))
@@ -171,12 +172,12 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
         self,
         params: BatchNormParams,
         state: BatchStats,
-        x: Array,
+        x: ArrayLike,
         training: bool | Array,
         *,
-        weights: Array | None = None,
-        residual: Array | None = None,
-        adjustment: Pair | None = None,
+        weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        adjustment: PairLike | None = None,
         momentum: float | Array | None = None,
     ) -> tuple[Array, BatchStats]:
         """Returns the normalized `x` and the state after it.

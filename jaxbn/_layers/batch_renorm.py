@@ -16,14 +16,14 @@ from jaxbn._sharding import reshard_like
 from jaxbn._state import BatchNormParams, RenormStats
 from jaxbn._statistics.moments import Moments, as_exact
 from jaxbn._statistics.running import check_momentum, is_finite_batch, like_state, move
-from jaxbn._typing import Array, Initializer, Key, Pair
+from jaxbn._typing import Array, ArrayLike, Initializer, Key, Pair, PairLike
 
 _DEFAULT, _LIMITS = BatchNorm(), RenormLimits()
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class BatchRenorm(Wrapper[RenormStats]):
+class BatchRenorm(Wrapper[BatchNormParams, RenormStats]):
     r"""Batch renormalization.
 
     .. math::
@@ -69,7 +69,7 @@ class BatchRenorm(Wrapper[RenormStats]):
     momentum: float = 0.99
     limits: RenormLimits = _LIMITS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not all(hasattr(self.bn, field) for field in ("epsilon", "momentum", "debias")):
             raise TypeError(
                 f"BatchRenorm.bn must be a BatchNorm, got {type(self.bn).__name__}. Ghost "
@@ -124,12 +124,12 @@ class BatchRenorm(Wrapper[RenormStats]):
         self,
         params: BatchNormParams,
         state: RenormStats,
-        x: Array,
+        x: ArrayLike,
         training: bool | Array,
         *,
-        weights: Array | None = None,
-        residual: Array | None = None,
-        adjustment: Pair | None = None,
+        weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        adjustment: PairLike | None = None,
         momentum: float | Array | None = None,
         limits: RenormLimits | None = None,
     ) -> tuple[Array, RenormStats]:

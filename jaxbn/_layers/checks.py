@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._typing import Array, Shape
+from jaxbn._typing import Array, ArrayLike, PairLike, Shape
 
 
 def split_mode(training: bool | Array) -> tuple[bool | None, Array | None]:
@@ -66,9 +66,7 @@ def _check_fields(name: str, value: Any, made: Any, shape: Shape) -> None:
             )
 
 
-def check_adjustment(
-    adjustment: tuple[Array, Array], features: Shape, shape: Shape
-) -> None:
+def check_adjustment(adjustment: PairLike, features: Shape, shape: Shape) -> None:
     """Raises unless `adjustment` is a pair of arrays that fit the features or x."""
     if not isinstance(adjustment, (tuple, list)) or len(adjustment) != 2:
         raise TypeError(
@@ -87,7 +85,7 @@ def check_adjustment(
             )
 
 
-def check_residual(residual: Array, shape: Shape) -> None:
+def check_residual(residual: ArrayLike, shape: Shape) -> None:
     """Raises unless `residual` is of the shape of x."""
     if jnp.shape(residual) != shape:
         raise ValueError(

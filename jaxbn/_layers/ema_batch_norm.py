@@ -14,14 +14,14 @@ from jaxbn._sharding import reshard_like
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._statistics.moments import Moments, as_exact
 from jaxbn._statistics.running import updated_stats
-from jaxbn._typing import Array, Pair
+from jaxbn._typing import Array, ArrayLike, Pair
 
 _DEFAULT = BatchNorm()
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class EmaBatchNorm(Wrapper[BatchStats]):
+class EmaBatchNorm(Wrapper[BatchNormParams, BatchStats]):
     r"""Batch normalization with the running statistics, in training too.
 
     .. math::
@@ -54,7 +54,7 @@ class EmaBatchNorm(Wrapper[BatchStats]):
 
     bn: BatchNorm = _DEFAULT
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not all(hasattr(self.bn, field) for field in ("epsilon", "momentum", "debias")):
             raise TypeError(
                 f"EmaBatchNorm.bn must be a BatchNorm, got {type(self.bn).__name__}. "
@@ -80,11 +80,11 @@ class EmaBatchNorm(Wrapper[BatchStats]):
         self,
         params: BatchNormParams,
         state: BatchStats,
-        x: Array,
+        x: ArrayLike,
         training: bool | Array,
         *,
-        weights: Array | None = None,
-        residual: Array | None = None,
+        weights: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
         momentum: float | Array | None = None,
     ) -> tuple[Array, BatchStats]:
         """Returns the normalized `x` and the state after it, as `BatchNorm.apply` does.
@@ -140,7 +140,8 @@ class EmaBatchNorm(Wrapper[BatchStats]):
         after = lax.stop_gradient(self.track(state, batch, momentum=momentum))
         own_mean, own_var, count, rest = as_exact(batch)
         rate = jnp.where(state.weight > 0, 1 - momentum, 1).astype(own_var.dtype)
-        # The state carries no gradient; what is normalized with has its share of it.
+        # The returned state carries no gradient, but the mean and the variance that x is
+        # normalized with do: the batch has the share `rate` in them.
         mean, var = (
             reshard_like(used, new).astype(new.dtype)
             + rate * (new - lax.stop_gradient(new))

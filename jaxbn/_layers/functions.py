@@ -1,19 +1,41 @@
 """The two verbs of the library as free functions, for any normalizer."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.normalizer import Normalizer
-from jaxbn._typing import Array
+from jaxbn._layers.normalizer import Params, State
+from jaxbn._typing import Array, ArrayLike
 
 _DEFAULT = BatchNorm()
 
 
+class InitApply(Protocol[Params, State]):
+    """What the free functions and the modules need: a value with `init` and `apply`."""
+
+    def init(
+        self, num_features: int | tuple[int, ...], *_: Any, **options: Any
+    ) -> tuple[Params, State]:
+        """Returns `(params, state)` for inputs with `num_features` features."""
+        ...
+
+    def apply(
+        self,
+        params: Params,
+        state: State,
+        x: ArrayLike,
+        training: bool | Array,
+        *_: Any,
+        **options: Any,
+    ) -> tuple[Array, State]:
+        """Returns the normalized `x` and the state after it."""
+        ...
+
+
 def init(
     num_features: int | tuple[int, ...],
-    normalizer: Normalizer = _DEFAULT,
+    normalizer: InitApply[Params, State] = _DEFAULT,
     **options: Any,
-) -> tuple[Any, Any]:
+) -> tuple[Params, State]:
     """Returns the params and the state of `normalizer` before training.
 
     Args:
@@ -37,13 +59,13 @@ def init(
 
 
 def apply(
-    params: Any,
-    state: Any,
-    x: Array,
+    params: Params,
+    state: State,
+    x: ArrayLike,
     training: bool | Array,
-    normalizer: Normalizer = _DEFAULT,
+    normalizer: InitApply[Params, State] = _DEFAULT,
     **options: Any,
-) -> tuple[Array, Any]:
+) -> tuple[Array, State]:
     """Returns the normalized `x` and the state after it.
 
     Args:

@@ -1,12 +1,12 @@
 """Ghost batches: normalize parts of the batch each by their own statistics."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from jaxbn._layers.ghost_batches import GhostBatches
-from jaxbn._layers.normalizer import Normalizer, require
+from jaxbn._layers.normalizer import Normalizer, Params, State, require
 from jaxbn._layers.wrapper import Wrapper
 
 LAYOUTS = ("contiguous", "strided")
@@ -15,7 +15,7 @@ TRACKINGS = ("pooled", "averaged")
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class GhostBatchNorm(Wrapper[Any]):
+class GhostBatchNorm(Wrapper[Params, State]):
     """Normalization by the statistics of ghost batches, parts of the batch.
 
     In training, the rows of x (its axis 0) are divided into ghost batches of
@@ -52,13 +52,13 @@ class GhostBatchNorm(Wrapper[Any]):
     tracking unless asked otherwise, and in that inference needs no divisible batch.
     """
 
-    inner: Normalizer
+    inner: Normalizer[Params, State]
     virtual_batch_size: int
     _: dataclasses.KW_ONLY
-    layout: str = "contiguous"
-    tracking: str = "pooled"
+    layout: Literal["contiguous", "strided"] = "contiguous"
+    tracking: Literal["pooled", "averaged"] = "pooled"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if getattr(self.inner, "ghost_batches", None) is not None:
             raise TypeError(
                 "GhostBatchNorm divides a BatchNorm or a BatchRenorm, whose statistics it "

@@ -43,7 +43,7 @@ class LoopShape(NamedTuple):
             if any(size != 1 for size in last):
                 last = self.shape[-self.merged :]
                 array = jnp.broadcast_to(array, (*first, *last))
-            # Without the barrier the compiler would move the reshape out of the way.
+            # Barrier: XLA would otherwise move the reshape past the loop that it is for.
             (array,) = computed_apart(array.reshape(*first, math.prod(last)))
         return array if self.ghosts is None else self.ghosts.split(array)
 

@@ -26,11 +26,13 @@ from jaxbn._statistics.weights import prepare_weights
 from jaxbn._typing import (
     Activation,
     Array,
+    ArrayLike,
     Axes,
     AxisGroups,
     AxisName,
     DTypeLike,
     Pair,
+    PairLike,
 )
 
 Params = TypeVar("Params")
@@ -74,8 +76,8 @@ class Normalizer(Protocol[Params, State]):
         >>> norm = RootMeanSquareNorm()
         >>> params, state = norm.init(1)
         >>> y, state = norm.apply(params, state, jnp.array([[3.0], [4.0]]), training=True)
-        >>> print(y.round(2).ravel(), state.mean.round(2))
-        [0.85 1.13] [0.35]
+        >>> print(y.round(1).ravel(), state.mean)
+        [0.8 1.1] [0.35]
 
     Attributes:
         feature_axes: The axis or axes that keep statistics of their own.
@@ -86,15 +88,18 @@ class Normalizer(Protocol[Params, State]):
         ghost_batches: How the batch is divided in training, or None.
     """
 
-    # Properties, so that a frozen dataclass may have fields of these names.
-    feature_axes: Axes = -1  # pyright: ignore[reportRedeclaration]
+    feature_axes: Axes = -1
     axis_name: AxisName | None = None
     axis_index_groups: AxisGroups | None = None
     activation: Activation | None = None
     dtype: DTypeLike | None = None
     ghost_batches: GhostBatches | None = None
 
-    def init(self, num_features: int | tuple[int, ...]) -> tuple[Params, State]:
+    # To a type checker, `*_: Any, **options: Any` are `...`: a subclass names its keywords.
+
+    def init(
+        self, num_features: int | tuple[int, ...], *_: Any, **options: Any
+    ) -> tuple[Params, State]:
         """Returns `(params, state)` for inputs with `num_features` features."""
         raise _unanswered(self, "init")
 
@@ -102,17 +107,18 @@ class Normalizer(Protocol[Params, State]):
         self,
         params: Params,
         state: State,
-        x: Array,
+        x: ArrayLike,
         training: bool | Array,
+        *_: Any,
         **options: Any,
     ) -> tuple[Array, State]:
         """Returns the normalized `x` and the state after it, as `BatchNorm.apply` does.
 
         `options` are `weights`, `residual`, `adjustment`, and keywords of `track`.
         """
-        return apply_normalizer(self, params, state, x, training, **options)
+        return apply_normalizer(self, params, state, x, training, *_, **options)
 
-    def track(self, state: State, batch: Moments, **options: Any) -> State:
+    def track(self, state: State, batch: Moments, *_: Any, **options: Any) -> State:
         """Returns the state after one update with the moments of a batch."""
         raise _unanswered(self, "track")
 
@@ -128,11 +134,13 @@ class Normalizer(Protocol[Params, State]):
         """Returns the trained scale and bias, each of the shape of the features or None."""
         return params.scale, params.bias  # pyright: ignore[reportAttributeAccessIssue]
 
-    def correction(self, state: State, batch: Moments, **options: Any) -> Pair | None:
+    def correction(
+        self, state: State, batch: Moments, *_: Any, **options: Any
+    ) -> Pair | None:
         """Returns what multiplies and shifts the standardized batch, or None."""
         return None
 
-    def check(self, state: State, x: Array, tracks: bool, **options: Any) -> None:
+    def check(self, state: State, x: Array, tracks: bool, *_: Any, **options: Any) -> None:
         """Raises if the arguments of `apply` do not fit; nothing by default."""
 
 
@@ -155,19 +163,21 @@ def _unanswered(normalizer: Any, name: str) -> TypeError:
 
 
 def _signature(name: str) -> str:
-    return f"def {name}{inspect.signature(getattr(Normalizer, name))}"
+    whole = inspect.signature(getattr(Normalizer, name))
+    shown = [p for p in whole.parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    return f"def {name}{whole.replace(parameters=shown)}"
 
 
 def apply_normalizer(
     layer: Any,
     params: Any,
     state: Any,
-    x: Array,
+    x: ArrayLike,
     training: bool | Array,
     *,
-    weights: Array | None = None,
-    residual: Array | None = None,
-    adjustment: Pair | None = None,
+    weights: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    adjustment: PairLike | None = None,
     **options: Any,
 ) -> tuple[Array, Any]:
     """Checks the arguments of `layer.apply`, then runs it in one compiled function."""
@@ -212,7 +222,7 @@ def _apply(
 ):
     with jax.named_scope(f"jaxbn.{type(layer).__name__}"):
         ghosts = None if training is False else layer.ghost_batches
-        # Any other shape than x's own is for ghost batches and for channels first.
+        # Ghost batches and channels first are computed on a reshaped x.
         other = ghosts is not None or axes[-1] == x.ndim - 1
         shape = loop_shape_of(x, axes, ghosts) if other else None
         given = Given(layer.running(state), layer.scale_and_bias(params), adjustment)
@@ -247,7 +257,7 @@ def _plan(
     x: Array,
     weights: Array | None,
     given: Given,
-) -> tuple[Plan, tuple[Any, ...]]:
+) -> tuple[Plan, Any]:
     """Returns the static part of an application, and what its activation has captured."""
     wide = widest(upcast(x).dtype, *(a.dtype for a in jax.tree.leaves(given)))
     dtype = layer.dtype

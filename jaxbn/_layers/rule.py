@@ -66,8 +66,8 @@ def _normalized_jvp(plan, primals, tangents):
     moving = jax.tree.map(_unless_zero, tangents, is_leaf=_is_zero)
     x_moving, weights_moving, residual_moving, captured_moving, given_moving, *_ = moving
     batch = _reduced(plan, x, weights, flag)
-    # Here alone tangents of x come in and gradients of it go out: the sums and the map add
-    # up in float32 what is rounded once.
+    # Tangents of x are upcast here alone, so that the backward pass adds the gradients of
+    # the reduction and of the map in float32 and rounds dx once.
     x_moving = None if x_moving is None else upcast(x_moving)
     own = None if batch is None else (batch.mean, batch.var)
     moves = x_moving is not None or weights_moving is not None
@@ -82,13 +82,13 @@ def _normalized_jvp(plan, primals, tangents):
         return line_of(plan, seen, given, flag, correcting)
 
     if own is None and not jax.tree.leaves(given_moving):
-        line, line_moving = vectors(batch and batch[:2], given), Line(None, None, None)
+        line, line_moving = vectors(batch and batch[:2], given), (None,) * 3
     else:
         given_moving = jax.tree.map(_or_zero, given_moving, given, is_leaf=_is_none)
         line, line_moving = jax.jvp(vectors, (own, given), (own_moving, given_moving))
     y = _mapped(plan, x, line, residual, captured)
-    moving = Map(x_moving, *line_moving, residual_moving)
-    of = Map(x, *line, residual)
+    moving = Map._make((x_moving, *line_moving, residual_moving))
+    of = Map._make((x, *line, residual))
     y_moving = _mapped_tangent(plan, of, y, moving, captured, captured_moving)
     return (y, batch), (y_moving, jax.tree.map(jnp.zeros_like, batch))
 
@@ -163,7 +163,7 @@ def line_of(
     return Line(mean, slope, offset)
 
 
-def _correction(plan: Plan, batch: ExactMoments, correcting: Any) -> Pair | None:
+def _correction(plan: Plan, batch: ExactMoments, correcting: Any) -> Any:
     """Returns what the layer multiplies and adds after standardizing, of x's rank."""
     state, options = correcting
     pair = plan.layer.correction(state, whole_batch(plan, batch), **options)
@@ -183,7 +183,7 @@ def _of_rank(plan: Plan, per_feature: Array) -> Array:
     return jnp.expand_dims(per_feature, axes)
 
 
-def _mapped(plan, x, line, residual, captured):
+def _mapped(plan: Plan, x: Array, line: Line, residual: Any, captured: Any) -> Array:
     if plan.activation is None or plan.activation is jax.nn.relu:
         relu = plan.activation is not None
         return affine_map(x, *line, residual, relu=relu, dtype=plan.dtype)
@@ -204,12 +204,13 @@ def _mapped_tangent(plan, of, y, moving, captured, captured_moving):
 @functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
 def _through_activation(plan, of, captured, tangent, captured_moving):
     x, *vectors = computed_apart(of.x, of.mean, of.slope, of.offset, recomputes=True)
-    before = affine_map(x, *vectors, of.residual, dtype=plan.wide)
+    line = Line._make(vectors)
+    before = affine_map(x, *line, of.residual, dtype=plan.wide)
     along = (before, *captured), (tangent, *captured_moving)
     return jax.jvp(plan.activation, *along)[1].astype(plan.dtype)
 
 
-def _times(a: Array | None, factor: Array | None) -> Array | None:
+def _times(a: Any, factor: Array | None) -> Any:
     return a if a is None or factor is None else a * factor.astype(a.dtype)
 
 

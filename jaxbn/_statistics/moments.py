@@ -12,7 +12,7 @@ from jaxbn._kernels.accelerator import divisor
 from jaxbn._kernels.compensated import two_sum
 from jaxbn._kernels.reduction import ExactMoments, exact_moments, hide_unweighted
 from jaxbn._statistics.weights import prepare_weights
-from jaxbn._typing import Array, Axes
+from jaxbn._typing import Array, ArrayLike, Axes
 
 
 class Moments(NamedTuple):
@@ -36,7 +36,9 @@ class Moments(NamedTuple):
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-def moments(x: Array, *, feature_axes: Axes = -1, weights: Array | None = None) -> Moments:
+def moments(
+    x: ArrayLike, *, feature_axes: Axes = -1, weights: ArrayLike | None = None
+) -> Moments:
     r"""Returns the mean, biased variance and count of every feature of `x`.
 
     .. math::
@@ -92,7 +94,7 @@ def batch_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Mom
 def as_exact(batch: Any) -> ExactMoments:
     """Returns `Moments`, or exact ones, as exact ones."""
     rest = batch.rest if hasattr(batch, "rest") else jnp.zeros_like(batch.mean)
-    return ExactMoments(*batch[:3], rest)
+    return ExactMoments(batch.mean, batch.var, batch.count, rest)
 
 
 def pool_moments(parts: ExactMoments, *, averaged: bool = False) -> ExactMoments:

@@ -4,10 +4,12 @@ import jax.numpy as jnp
 
 from jaxbn._compat import is_traced
 from jaxbn._dtypes import at_least_float32, real_part
-from jaxbn._typing import Array, Shape
+from jaxbn._typing import Array, ArrayLike, Shape
 
 
-def prepare_weights(weights: Array | None, x: Array, axes: tuple[int, ...]) -> Array | None:
+def prepare_weights(
+    weights: ArrayLike | None, x: Array, axes: tuple[int, ...]
+) -> Array | None:
     """Returns `weights` checked, at x's rank and in the dtype of the statistics."""
     if weights is None:
         return None

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxbn._accumulation.gather import Gather
 from jaxbn._flax.core_call import kinds_of, leaf_names, num_features_of, with_leaves
 from jaxbn._flax.gathered_leaves import gathered_like
-from jaxbn._layers.normalizer import Normalizer
+from jaxbn._layers.functions import InitApply
 from jaxbn._typing import Array
 from jaxbn.linen._variables import gathering, statistic, tracks, training_of
 
@@ -43,7 +43,7 @@ class Norm(nn.Module):
     makes it: x's, unless asked otherwise.
     """
 
-    normalizer: Normalizer
+    normalizer: InitApply[Any, Any]
     use_running_average: bool | None = None
     init_options: Mapping[str, Any] | None = None
 

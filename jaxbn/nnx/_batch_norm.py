@@ -105,14 +105,14 @@ class BatchNorm(Switchable):
     ):
         shape = _as_shape(num_features)
         stats = zero_stats(shape, stats_dtype(dtype, param_dtype))
-        self.mean = nnx.BatchStat(stats.mean)
-        self.var = nnx.BatchStat(stats.var)
+        self.mean: nnx.BatchStat[Array] = nnx.BatchStat(stats.mean)
+        self.var: nnx.BatchStat[Array] = nnx.BatchStat(stats.var)
         # The scale comes before the bias, so that equal keys give the same layer as Flax's.
-        self.scale: nnx.Param | None = nnx.data(None)
+        self.scale: nnx.Param[Array] | None = nnx.data(None)
         if use_scale:
             scale = scale_init(rngs.params(), shape, param_dtype)
             self.scale = nnx.Param(scale, **scale_metadata)
-        self.bias: nnx.Param | None = nnx.data(None)
+        self.bias: nnx.Param[Array] | None = nnx.data(None)
         if use_bias:
             bias = bias_init(rngs.params(), shape, param_dtype)
             self.bias = nnx.Param(bias, **bias_metadata)

@@ -118,7 +118,8 @@ def _fold_pair(model: nnx.Module, at_linear: Path, at_norm: Path, after: bool) -
 def _affine(norm: Any, rank: int) -> tuple[Affine, Folded]:
     """Returns what a norm is in inference, and what takes its place."""
     if isinstance(norm, Norm):
-        normalizer, (params, state, _) = norm.normalizer, trees_of(norm)
+        normalizer: Any = norm.normalizer
+        params, state, _ = trees_of(norm)
         axes, folded = (
             feature_axes_of(normalizer),
             Folded(getattr(normalizer, "dtype", None)),

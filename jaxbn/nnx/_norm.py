@@ -12,7 +12,7 @@ from jaxbn._accumulation.gather import Gather
 from jaxbn._compat import set_value
 from jaxbn._flax.core_call import as_training, kinds_of, leaf_names, with_leaves
 from jaxbn._flax.gathered_leaves import gathered_like, is_gathering, more_names
-from jaxbn._layers.normalizer import Normalizer
+from jaxbn._layers.functions import InitApply
 from jaxbn._typing import Array
 
 
@@ -62,7 +62,7 @@ class Norm(Switchable):
 
     def __init__(
         self,
-        normalizer: Normalizer,
+        normalizer: InitApply[Any, Any],
         num_features: int | tuple[int, ...],
         *,
         use_running_average: bool | None = False,

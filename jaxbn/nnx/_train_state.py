@@ -50,7 +50,7 @@ class TrainState(nnx.Module, Generic[M]):
 
     def __init__(self, model: M, tx: optax.GradientTransformation, *, wrt: Any = nnx.Param):
         self.model = model
-        self.optimizer = nnx.Optimizer(model, tx, wrt=wrt)
+        self.optimizer: nnx.Optimizer[M] = nnx.Optimizer(model, tx, wrt=wrt)
 
     def apply_gradients(self, grads: PyTree) -> None:
         """Updates the params of the model, and the optimizer, in place.

@@ -101,7 +101,7 @@ class Settings:
     class_suffices: bool = True
     zero_debias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Built here so that invalid settings raise now and not at the first batch.
         self._normalizer(
             Implementation(fused=False, layer_class=True), jnp.dtype(jnp.float32)
@@ -165,7 +165,7 @@ class Settings:
         return shapes
 
     def _normalizer(self, implementation: Implementation, dtype: jnp.dtype) -> Any:
-        layer = BatchNorm(
+        layer: Any = BatchNorm(
             feature_axes=self.axes,
             epsilon=implementation.floor(self.epsilon),
             use_scale=self.scale,

@@ -71,7 +71,7 @@ class ExponentialMovingAverage:
     zero_debias: bool = False
     name: str = "ExponentialMovingAverage"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_decay("decay", self.decay)
 
     def init(self, values: PyTree, tensors: bool = False) -> MovingAverage:
