@@ -11,14 +11,9 @@ from jax import lax
 from jaxbn._axes import expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_float, upcast, widest
 from jaxbn._kernels.reduction import hide_unweighted
-from jaxbn._layers.checks import (
-    check_adjustment,
-    check_made_by,
-    check_residual,
-    split_mode,
-)
+from jaxbn._layers import checks
 from jaxbn._layers.ghost_batches import GhostBatches
-from jaxbn._layers.loop_shape import LoopShape, loop_shape_of
+from jaxbn._layers.loop_shape import loop_shape_of
 from jaxbn._layers.rule import Given, Plan, normalized, whole_batch
 from jaxbn._statistics.moments import Moments
 from jaxbn._statistics.named_axes import check_axis
@@ -61,15 +56,12 @@ class Normalizer(Protocol[Params, State]):
         ... @dataclasses.dataclass(frozen=True)
         ... class RootMeanSquareNorm(jaxbn.Normalizer):
         ...     momentum: float = 0.9
-        ...
         ...     def init(self, num_features):
         ...         one = jnp.ones(num_features)
         ...         return jaxbn.BatchNormParams(one, None), jaxbn.BatchStats(0 * one, one)
-        ...
         ...     def standardize(self, mean, var):
         ...         inverse = jax.lax.rsqrt(mean**2 + var + 1e-6)
         ...         return inverse, mean * inverse
-        ...
         ...     def track(self, state, batch):
         ...         return jaxbn.update_running(state, batch, momentum=self.momentum)
         ...
@@ -184,20 +176,19 @@ def apply_normalizer(
     x = as_float(x)
     axes = reduction_axes(layer.feature_axes, x.shape)
     features = feature_shape(layer.feature_axes, x.shape)
-    check_made_by(layer, params, state, features, x.shape)
+    checks.check_made_by(layer, params, state, features, x.shape)
     if adjustment is not None:
-        check_adjustment(adjustment, features, x.shape)
+        checks.check_adjustment(adjustment, features, x.shape)
     if residual is not None:
-        check_residual(residual, x.shape)
-    mode, flag = split_mode(training)
+        checks.check_residual(residual, x.shape)
+    mode, flag = checks.split_mode(training)
     layer.check(state, x, mode is not False, **options)
     if mode is not False:
         if layer.axis_name is not None:
             check_axis(layer.axis_name, layer.axis_index_groups)
         if layer.ghost_batches is not None:
             layer.ghost_batches.check(x.shape, axes)
-    if weights is not None:
-        weights = prepare_weights(weights, x, axes)
+    weights = prepare_weights(weights, x, axes)
     if mode is False:
         adjustment, options = None, {}
     try:
@@ -249,15 +240,7 @@ def _apply(
         return y, after
 
 
-def _plan(
-    layer: Any,
-    training: bool | None,
-    axes: tuple[int, ...],
-    shape: LoopShape | None,
-    x: Array,
-    weights: Array | None,
-    given: Given,
-) -> tuple[Plan, Any]:
+def _plan(layer, training, axes, shape, x, weights, given) -> tuple[Plan, Any]:
     """Returns the static part of an application, and what its activation has captured."""
     wide = widest(upcast(x).dtype, *(a.dtype for a in jax.tree.leaves(given)))
     dtype = layer.dtype
