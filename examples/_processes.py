@@ -43,8 +43,8 @@ def take_part(
         fact = str(error).splitlines()[0][:200]
         print(f"process {jax.process_index()}: lost a peer. {fact}", file=sys.stderr)
         leave(PEER_LOST)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
         leave(1)
     jax.distributed.shutdown()
     faulthandler.cancel_dump_traceback_later()

@@ -84,7 +84,7 @@ class Checkpoints:
         epoch = self._manager.latest_step()
         if epoch is None:
             return None
-        saved = self._manager.restore(
+        saved: Any = self._manager.restore(
             epoch,
             args=ocp.args.Composite(
                 arrays=ocp.args.StandardRestore(), settings=ocp.args.JsonRestore()

@@ -29,6 +29,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import _arguments
 import _data
@@ -159,7 +160,8 @@ def restore(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
         train_state,
     )
-    return done, manager.restore(done, args=ocp.args.StandardRestore(like))
+    restored: Any = manager.restore(done, args=ocp.args.StandardRestore(like))
+    return done, restored
 
 
 def main(argv: Sequence[str] | None = None) -> None:

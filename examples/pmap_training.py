@@ -13,6 +13,7 @@ device has 10 and five have none. `make_step` is the pattern to copy.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import _arguments
 import _data
@@ -28,7 +29,7 @@ import jaxbn
 
 
 def make_step(
-    bn: jaxbn.BatchNorm, optimizer: optax.GradientTransformation, devices: list[jax.Device]
+    bn: jaxbn.BatchNorm, optimizer: optax.GradientTransformation, devices: Sequence[Any]
 ) -> Callable:
     """Returns the training step, of which every device runs its share."""
 

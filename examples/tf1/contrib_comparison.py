@@ -108,7 +108,7 @@ def init(key: jax.Array, image_shape: Sequence[int], setting: Setting) -> Sessio
     return params, state
 
 
-def network(params: Tree, state: Tree, x: jax.Array, layer: Any) -> tuple[jax.Array, Tree]:
+def network(params: Tree, state: Tree, x: Any, layer: Any) -> tuple[jax.Array, Tree]:
     """Returns the logits [N, classes] of images [N, H, W, C], and the new state."""
     new_state: Tree = {}
     for name in state:
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{'':24}train: loss  accuracy   test: loss  accuracy")
     for name, result in results.items():
         print("{:24}{:11.3f}{:10.3f}{:13.3f}{:10.3f}".format(name, *result))
-    _images.check_one_program(step._cache_size() / len(SETTINGS))
+    _images.check_one_program(step._cache_size() / len(SETTINGS))  # pyright: ignore[reportAttributeAccessIssue]
     if _images.has_defaults(parser, args):
         check_order(results)
 

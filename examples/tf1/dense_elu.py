@@ -31,7 +31,7 @@ EXPECTED_ACCURACY, MARGIN = 0.92, 0.02
 def network(
     params: Tree,
     state: Tree,
-    x: jax.Array,
+    x: Any,
     training: bool | jax.Array,
     momentum: float = 0.9,
     epsilon: float = 1e-3,
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             session, batch, learning_rate=args.learning_rate, training=True
         )
     accuracy = test_accuracy()
-    _images.check_one_program(step._cache_size())
+    _images.check_one_program(step._cache_size())  # pyright: ignore[reportAttributeAccessIssue]
     print(f"test accuracy after {args.epochs} epochs: {accuracy:.3f}")
     if _images.has_defaults(parser, args):
         _images.check_figure("test accuracy", accuracy, EXPECTED_ACCURACY, MARGIN)

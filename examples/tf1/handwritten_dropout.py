@@ -102,7 +102,7 @@ def init(key: jax.Array, image_shape: Sequence[int]) -> Session:
 def network(
     params: Tree,
     state: Tree,
-    x: jax.Array,
+    x: Any,
     training: bool | jax.Array,
     key: jax.Array,
     rate: float | jax.Array,
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         correct = [run(session, b, False, key, learning_rate=0.0)[1] for b in test_batches]
         accuracies.append(float(np.mean(correct)))
         print(f"test accuracy, dropout scaled at {scaled_at}: {accuracies[-1]:.3f}")
-    _images.check_one_program(step._cache_size() / len(CONVENTIONS))
+    _images.check_one_program(step._cache_size() / len(CONVENTIONS))  # pyright: ignore[reportAttributeAccessIssue]
     predict_one_by_one(session, test_set[0][:50], scaled_at)
     if _images.has_defaults(parser, args):
         lower = min(accuracies)

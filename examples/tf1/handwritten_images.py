@@ -46,7 +46,7 @@ def batch_norm(
     state: Tree,
     inputs: jax.Array,
     training: bool | jax.Array,
-    momentum: float = 0.99,
+    momentum: float | jax.Array = 0.99,
     epsilon: float = 1e-5,
 ) -> tuple[jax.Array, Tree]:
     """Returns the images [N, H, W, C] normalized for each channel, and the new averages."""
@@ -97,7 +97,7 @@ def conv_layer(
     padding: str,
     activation: Activation,
     training: bool | jax.Array,
-    momentum: float = 0.99,
+    momentum: float | jax.Array = 0.99,
     epsilon: float = 1e-5,
 ) -> tuple[jax.Array, Tree]:
     """Returns convolution, `batch_norm` and activation of images [N, H, W, C]."""
@@ -137,7 +137,7 @@ def init(key: jax.Array, image_shape: Sequence[int]) -> Session:
 
 
 def network(
-    params: Tree, state: Tree, x: jax.Array, training: jax.Array, momentum: float
+    params: Tree, state: Tree, x: Any, training: jax.Array, momentum: float | jax.Array
 ) -> tuple[jax.Array, Tree]:
     """Returns the logits [N, classes] of images [N, H, W, C], and the new averages."""
     new_state: Tree = {}
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("steps   test loss   test accuracy")
     for row in (*table, (count + 1, loss, accuracy)):
         print("{:5}{:12.3f}{:16.3f}".format(*row))
-    _images.check_one_program(step._cache_size())
+    _images.check_one_program(step._cache_size())  # pyright: ignore[reportAttributeAccessIssue]
     if _images.has_defaults(parser, args):
         _images.check_figure("test accuracy", accuracy, EXPECTED_ACCURACY, MARGIN)
 

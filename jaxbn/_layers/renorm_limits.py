@@ -28,7 +28,7 @@ class RenormLimits(NamedTuple):
 
 
 def renorm_limits(
-    step: int | Array,
+    step: float | Array,
     *,
     start: int = 5_000,
     r_steps: int = 40_000,
