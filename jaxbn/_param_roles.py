@@ -13,15 +13,20 @@ from jaxbn._typing import PyTree
 
 # Haiku's linear layers and convolutions call theirs w and b.
 _SCALES = {*names_of_role("scale"), "w"}
+# A kernel is never called so.
+_SURE_SCALES = {"scale", "gamma"}
 _BIASES = {*names_of_role("bias"), "b"}
 _STATS = {*names_of_role("mean"), *names_of_role("var")}
-_NORM_NAME = re.compile(NORM_LAYERS, re.IGNORECASE)
+_NORM_NAME = re.compile(rf"{NORM_LAYERS}|(?<![a-z])(ln|gn|rms)(?![a-z])", re.IGNORECASE)
 # Wrappers of other layers, whose arrays are the kernels of these.
 _NO_NORM = re.compile(r"weight_?norm|spectral_?norm", re.IGNORECASE)
 
 
 def map_roles(function: Callable[..., Any], params: PyTree, *rest: PyTree) -> PyTree:
-    """Maps `function(role, leaf, ...)`: scale, norm bias, bias, stat or other."""
+    """Maps `function(role, leaf, ...)` over the leaves of `params`.
+
+    A role is scale, norm bias, bias, stat, lone scale (that of no norm) or other.
+    """
     pairs, structure = jax.tree_util.tree_flatten_with_path(params)
     ours = {
         names_of(path)
@@ -68,6 +73,8 @@ def _role(name: tuple[str, ...], layer: dict[str, Any], ours: bool) -> str:
         return "other"
     if ours or _is_norm(name[:-1], layer):
         return "scale" if last in _SCALES else "norm bias"
+    if last in _SURE_SCALES and layer.keys() <= _SURE_SCALES:
+        return "lone scale"
     return "bias" if last in _BIASES else "other"
 
 
@@ -75,7 +82,8 @@ def _is_norm(path: tuple[str, ...], layer: dict[str, Any]) -> bool:
     """Tells whether the arrays of one node of the tree are those of a norm."""
     if not layer.keys() <= _SCALES | _BIASES | _STATS:
         return False
-    if layer.keys() & {"scale", "gamma"} or _tracked(layer):
+    # A scale with nothing beside it may be a LayerScale, a temperature or a gate.
+    if _tracked(layer) or (layer.keys() & _SURE_SCALES and layer.keys() & _BIASES):
         return True
     named = path[-1] if path else ""
     if _NORM_NAME.search(named) and not _NO_NORM.search(named):

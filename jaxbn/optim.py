@@ -32,15 +32,16 @@ def decay_mask(params: PyTree) -> PyTree:
     the learning rate. What a param is follows from its name, its neighbours and their
     shapes, never from its rank, so layers stacked by `scan` or `vmap`, and scales of shape
     (1, ..., C), are found as well. A norm is a dict, a NamedTuple or a module that holds
-    a scale (`scale`, `gamma`, or a `weight` of the shape of its bias, or in a layer that
-    is called a norm) and no kernel: batch, layer, group and instance norm alike.
+    a scale and no kernel, and besides it statistics, a bias (of the scale's shape where
+    that is called `weight`) or a name such as norm, bn or ln: batch, layer, group and
+    instance norm alike. A `scale` or `gamma` alone, as of a LayerScale, is no norm's.
 
     Args:
         params: Linen params, an `nnx.State`, Haiku params, or any pytree.
 
     Returns:
         A pytree of the structure of params, False for the scale and bias of every norm,
-        for every other bias and for running statistics, True otherwise.
+        for every other scale and bias and for running statistics, True otherwise.
 
     Raises:
         TypeError: params is a single array, whose role nothing tells.
@@ -104,7 +105,8 @@ def scale_penalty(params: PyTree, *, l1: float = 0.0, l2: float = 0.0) -> Array:
     .. math::
         l_1 \sum |\gamma| + l_2 \sum \gamma^2
 
-    With `l1`, scales become 0 and their channels can be pruned (network slimming).
+    With `l1`, scales become 0 and their channels can be pruned (network slimming): its
+    gradient at 0 is 0, so that they stay there.
 
     Args:
         params: As for `decay_mask`.
@@ -137,8 +139,10 @@ def scale_penalty(params: PyTree, *, l1: float = 0.0, l2: float = 0.0) -> Array:
     def penalty(role: str, leaf: Array) -> Array | None:
         if role != "scale":
             return None
-        size = jnp.abs(upcast(leaf))
-        return l1 * size.sum() + l2 * jnp.square(size).sum()
+        wide = upcast(leaf)
+        # JAX's derivative of `abs` at 0 is 1, that of `sign` 0 everywhere.
+        magnitude = wide * jnp.sign(wide).conj()
+        return l1 * magnitude.real.sum() + l2 * jnp.square(jnp.abs(wide)).sum()
 
     terms = jax.tree.leaves(map_roles(penalty, params))
     dtype = widest(jnp.dtype(jnp.float32), *(term.dtype for term in terms))

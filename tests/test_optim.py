@@ -51,7 +51,7 @@ class Nnx(nnx.Module):
         self.layers = nnx.Sequential(
             nnx.Linear(2, 3, rngs=rngs), nnx.LayerNorm(3, rngs=rngs)
         )
-        self.inner = jaxbn.nnx.BatchNorm(3, use_bias=False, rngs=rngs)
+        self.norm = jaxbn.nnx.BatchNorm(3, use_bias=False, rngs=rngs)
         self.members = ensemble(rngs)
 
 
@@ -89,12 +89,12 @@ TREES = {
     ),
     "nnx": (
         lambda: nnx.state(Nnx(nnx.Rngs(0)), nnx.Param),
-        r"(inner|members|layers'\]\[1)\W+(scale|bias)",
+        r"(norm|members|layers'\]\[1)\W+(scale|bias)",
         r"kernel",
     ),
     "nnx_pure_dict": (
         lambda: nnx.to_pure_dict(nnx.state(Nnx(nnx.Rngs(0)))),
-        r"(inner|members|layers'\]\[1)\W+(scale|bias)",
+        r"(norm|members|layers'\]\[1)\W+(scale|bias)",
         r"kernel",
     ),
     "functional": (
@@ -264,6 +264,46 @@ def test_averaged_statistics_fit_the_averaged_weights_of_a_linear_layer():
     pooled = np.stack([x @ kernel for kernel in kernels]).var((0, 1))
     assert (truth.var(0) <= stats.var).all()
     assert (stats.var < pooled).all()
+
+
+NO_NORMS = {
+    "block": {"gamma": jnp.array([-0.5, 0.5]), "dense": {"kernel": jnp.ones((2, 2))}},
+    "attention": {"scale": jnp.array(-2.0)},
+}
+
+
+def test_a_scale_alone_is_no_norm():
+    tx = optim.clip_scale(minimum=0.0)
+    zero = jax.tree.map(jnp.zeros_like, NO_NORMS)
+    updates, _ = tx.update(zero, tx.init(NO_NORMS), NO_NORMS)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
+    assert optim.scale_penalty(NO_NORMS, l1=1.0, l2=1.0) == 0
+    assert set(jax.tree.leaves(optim.norm_labels(NO_NORMS))) == {"other"}
+    # It is no kernel either.
+    kernels = paths_where(optim.decay_mask(NO_NORMS), bool)
+    assert kernels == {"['block']['dense']['kernel']"}
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        {"ln_f": {"scale": jnp.ones(2)}},
+        {"BatchNorm_0": {"gamma": jnp.ones(2)}},
+        {"inner": {"scale": jnp.ones(2), "bias": jnp.ones(2)}},
+        {"inner": {"scale": jnp.ones(2), "mean": jnp.ones(2), "var": jnp.ones(2)}},
+        {"inner": jaxbn.BatchNormParams(jnp.ones(2), None)},
+    ],
+)
+def test_statistics_a_bias_or_a_name_make_a_norm_of_a_scale(norm):
+    assert optim.scale_penalty(norm, l1=1.0) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_the_penalty_pushes_no_scale_off_0(dtype):
+    scale = jnp.array([-2, 0, -0.0, 3], dtype)
+    penalty = lambda scale: optim.scale_penalty({"norm": {"scale": scale}}, l1=1.0)
+    assert penalty(scale) == 5
+    assert jax.grad(penalty)(scale).tolist() == [-1, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
