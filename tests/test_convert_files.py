@@ -294,12 +294,15 @@ def test_files_of_torch(tmp_path):
         assert "weights_only=False" not in str(caught.value)
 
 
-@pytest.mark.parametrize("package", ["torch", "safetensors"])
-def test_a_package_that_is_missing_is_named(package, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("package", "remedy"),
+    [("torch", "pip install torch"), ("safetensors", r"pip install 'jaxbn\[convert\]'")],
+)
+def test_a_package_that_is_missing_is_named(package, remedy, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     path = tmp_path / ("model.pth" if package == "torch" else "model.safetensors")
     path.write_bytes(tensors({}))
-    with pytest.raises(ImportError, match=f"pip install {package}"):
+    with pytest.raises(ImportError, match=remedy):
         convert.load(path)
 
 

@@ -632,5 +632,5 @@ def test_a_progress_bar_is_an_extra(monkeypatch, capsys):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match="pip install tqdm"):
+    with pytest.raises(ImportError, match=r"pip install 'jaxbn\[progress\]'"):
         jaxbn.reestimate(STEP, STATE, BATCHES, progress=True)

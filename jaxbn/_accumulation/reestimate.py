@@ -155,6 +155,6 @@ def with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     except ImportError as error:
         raise ImportError(
             "progress=True needs the package tqdm, which is not installed. Run "
-            "pip install tqdm, or leave progress out."
+            "pip install 'jaxbn[progress]', or leave progress out."
         ) from error
     return tqdm(batches, desc="statistics", unit="batch")

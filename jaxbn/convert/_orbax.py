@@ -18,7 +18,7 @@ def read_orbax(path: Path, max_bytes: int | None) -> Any:
     except ImportError as error:
         raise ImportError(
             f"{path} is a folder, which Orbax reads, and Orbax is not installed. Run "
-            "pip install orbax-checkpoint."
+            "pip install 'jaxbn[diagnose]', or pip install orbax-checkpoint."
         ) from error
     item = _item(path)
     try:

@@ -80,7 +80,7 @@ def _package() -> Any:
         import safetensors
     except ImportError as error:
         raise ImportError(
-            "a .safetensors file needs the package safetensors. "
-            "Install it: pip install safetensors."
+            "a .safetensors file needs the package safetensors, which is not installed. "
+            "Run pip install 'jaxbn[convert]'."
         ) from error
     return safetensors

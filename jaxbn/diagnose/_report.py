@@ -119,7 +119,7 @@ class Report:
         except ImportError as error:
             raise ImportError(
                 "Report.plot draws with matplotlib, which is not installed. Run "
-                "pip install matplotlib."
+                "pip install 'jaxbn[diagnose]'."
             ) from error
         measured = [name for name in _NUMBERS if not all(map(math.isnan, self._all(name)))]
         marked = {finding.layer for finding in self.findings}

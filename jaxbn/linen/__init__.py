@@ -1,5 +1,6 @@
 """Flax linen: `BatchNorm` that changes one import, `Norm` for any normalizer."""
 
+import jaxbn._flax  # noqa: F401
 from jaxbn.linen._batch_norm import BatchNorm
 from jaxbn.linen._norm import Norm
 from jaxbn.linen._reestimate import gather, reestimate, track_gathered

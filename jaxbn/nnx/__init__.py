@@ -1,5 +1,6 @@
 """Flax NNX: `BatchNorm` that changes one import, `Norm` for any normalizer."""
 
+import jaxbn._flax  # noqa: F401
 from jaxbn.nnx._batch_norm import BatchNorm
 from jaxbn.nnx._fold import fold
 from jaxbn.nnx._norm import Norm
