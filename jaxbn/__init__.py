@@ -23,6 +23,7 @@ from jaxbn._fold.tree import fold_tree
 from jaxbn._kernels.normalize import normalize
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.batch_renorm import BatchRenorm
+from jaxbn._layers.checks import in_our_words as _in_our_words
 from jaxbn._layers.functions import apply, init
 from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
 from jaxbn._layers.normalizer import Normalizer
@@ -92,6 +93,10 @@ __all__ = [  # noqa: RUF022 (in the order of the documentation)
 # Pickles and tracebacks then name the public module, whichever file defines a name.
 for _name in __all__:
     globals()[_name].__module__ = __name__
+
+# These lie below what answers the words of other libraries.
+for _name in ("moments", "normalize", "sync_moments", "update_running"):
+    globals()[_name] = _in_our_words(globals()[_name])
 
 # The subpackages that are imported when they are used first, and their extras.
 _EXTRAS = {

@@ -41,15 +41,26 @@ def canonical_axes(feature_axes: Axes, shape: Shape) -> tuple[int, ...]:
 
 def reduction_axes(feature_axes: Axes, shape: Shape) -> tuple[int, ...]:
     """Returns the axes of an array of `shape` that statistics are taken over."""
-    features = canonical_axes(feature_axes, shape)
-    reduced = tuple(axis for axis in range(len(shape)) if axis not in features)
+    reduced, features = divided_axes(feature_axes, shape)
     if not reduced:
-        raise ValueError(
-            f"x of shape {shape} has no axis to average over besides its feature axes "
-            f"{features}. Give x a leading batch axis, e.g. x[None], or fewer "
-            "feature_axes."
-        )
+        raise no_axis_left(features, shape)
     return reduced
+
+
+def divided_axes(feature_axes: Axes, shape: Shape) -> tuple[tuple[int, ...], Shape]:
+    """Returns the axes of an array of `shape` that are reduced, and the features' shape."""
+    kept = canonical_axes(feature_axes, shape)
+    reduced = tuple(axis for axis in range(len(shape)) if axis not in kept)
+    return reduced, tuple(shape[axis] for axis in kept)
+
+
+def no_axis_left(features: Shape, shape: Shape) -> ValueError:
+    """Returns the error of an x of `shape` that is all features."""
+    return ValueError(
+        f"x of shape {shape} has no axis to average over besides its features {features}. "
+        "Give x a leading batch axis, e.g. x[None], or fewer feature_axes; for one example "
+        "under jax.vmap, make the layer with the axis_name of the vmap."
+    )
 
 
 def feature_shape(feature_axes: Axes, shape: Shape) -> Shape:

@@ -7,12 +7,27 @@ import jax.numpy as jnp
 
 from jaxbn._typing import Array, ArrayLike, DTypeLike
 
+# Spellings of PyTorch and of configurations.
+_SHORT = {
+    **dict.fromkeys(("bf16", "bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half", "float16"), "float16"),
+    **dict.fromkeys(("fp32", "f32", "float", "float32", "full"), "float32"),
+    **dict.fromkeys(("fp64", "f64", "double", "float64"), "float64"),
+}
+
 
 def as_dtype(dtype: DTypeLike | None) -> jnp.dtype | None:
     """Returns `dtype` in the one spelling that compares and hashes, or None."""
     if dtype is None:
         return None
-    dtype = jnp.dtype(dtype)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        name = _SHORT.get(str(dtype).rpartition(".")[2])
+        raise TypeError(
+            f"a dtype must be one of JAX's, got {dtype!r}. Write "
+            f"{f'jnp.{name}' if name else 'jnp.float32, jnp.bfloat16 or the like'}."
+        ) from None
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"a normalized array must be floating or complex, got dtype {dtype}. Use "

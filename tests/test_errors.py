@@ -1,6 +1,14 @@
 """Every wrong argument gets one sentence of fact and one of remedy, before any work."""
 
+import copy
+import dataclasses
+import functools
+import os
+import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -179,30 +187,137 @@ MISTAKES = {
             *BN.init(4), X, True
         ), ValueError, r"axis 0.*\(1,\)", "Leave axis 0",
     ),
+    "channels_first": (
+        lambda: apply(jnp.ones((4, 3, 5, 5))), ValueError, r"\(3,\)", "feature_axes=1,",
+    ),
+    "dtype_short": (lambda: jaxbn.BatchNorm(dtype="bf16"), TypeError, "'bf16'", r"jnp\.bfloat16"),
+    "dtype_of_torch": (
+        lambda: jaxbn.BatchNorm(param_dtype="torch.half"), TypeError, "torch.half", r"jnp\.float16",
+    ),
     "misspelt_option_of_ghosts": (
         lambda: jaxbn.GhostBatchNorm(BN, 2).apply(PARAMS, STATE, X, False, momentun=0.5),
-        TypeError, "momentun", "",
+        TypeError, "momentun", "momentum=0.5",
     ),
-    "misspelt_field": (lambda: jaxbn.BatchNorm(momentun=0.9), TypeError, "momentun", ""),
-    "misspelt_option": (lambda: apply(weigths=None), TypeError, "weigths", ""),
+    "misspelt_field": (lambda: jaxbn.BatchNorm(momentun=0.9), TypeError, "momentun", "momentum=0.9"),
+    "misspelt_option": (lambda: apply(weigths=None), TypeError, "weigths", "weights=None"),
     "misspelt_option_of_function": (
-        lambda: jaxbn.apply(PARAMS, STATE, X, True, BN, weigths=None), TypeError, "weigths", "",
+        lambda: jaxbn.apply(PARAMS, STATE, X, True, BN, weigths=None), TypeError, "weigths", "weights",
     ),
-    "misspelt_init": (lambda: jaxbn.init(3, scale=jnp.ones), TypeError, "scale", ""),
+    "misspelt_init": (lambda: jaxbn.init(3, scale=jnp.ones), TypeError, "scale", "use_scale"),
+    "a_call": (lambda: BN(X), TypeError, "no function", r"bn\.apply\("),
+    "a_call_of_a_wrapper": (
+        lambda: jaxbn.GhostBatchNorm(BN, 2)(PARAMS, STATE, X), TypeError, "GhostBatchNorm", r"bn\.apply\(",
+    ),
+    "size_first": (lambda: jaxbn.BatchNorm(64), TypeError, "got 1 by position: 64", r"init\(64\)"),
+    "size_and_axis_name": (lambda: jaxbn.BatchNorm(64, "batch"), TypeError, "64, 'batch'", r"init\(64\)"),
+    "size_of_renorm": (lambda: jaxbn.BatchRenorm(64), TypeError, "64", r"BatchRenorm\(jaxbn\.BatchNorm\(\)"),
+    "size_of_ghosts": (lambda: jaxbn.GhostBatchNorm(64, 8), TypeError, "64", r"GhostBatchNorm\(jaxbn"),
+    "size_of_gather": (lambda: jaxbn.Gather(64), TypeError, "64", r"Gather\(jaxbn"),
+    "too_many": (
+        lambda: BN.apply(PARAMS, STATE, X, True, X), TypeError, "got 5 by position", "by name: weights",
+    ),
+    "no_mode": (lambda: BN.apply(PARAMS, STATE, X), TypeError, "training, got none", "training=True"),
+    "no_size": (lambda: BN.init(), TypeError, "num_features, got none", r"x\.shape\[-1\]"),
+    "reduced_axes": (lambda: jaxbn.moments(X, (0,)), TypeError, r"2 by position: \.\.\., \(0,\)", "feature_axes"),
+}  # fmt: skip
+
+# Words of other libraries: who is called, with what, and what the answer tells to write.
+FOREIGN = {
+    jaxbn.BatchNorm: {
+        "eps": "epsilon=", "variance_epsilon": "epsilon=", "axis": "feature_axes", "axes": "feature_axes",
+        "data_format": "feature_axes", "num_features": r"init\(0\.5\)", "features": "init",
+        "decay": r"momentum=0\.5", "decay_rate": "momentum=", "center": "use_bias=",
+        "create_offset": "use_bias=", "create_scale": "use_scale=", "scale": "use_scale=",
+        "affine": "use_scale=.*use_bias=", "train": r"apply\(.*training=True", "training": r"apply\(",
+        "is_training": r"apply\(", "use_running_average": r"apply\(.*training=False",
+        "cross_replica_axis": "axis_name=", "scale_init": r"init\(.*scale_init=", "mask": "weights=",
+        "track_running_stats": "drop the state", "renorm": "BatchRenorm", "name": "nothing",
+        "virtual_batch_size": "GhostBatchNorm", "synchronized": "axis_name", "key": "init",
+    },
+    jaxbn.BatchRenorm: {"eps": r"BatchNorm\(epsilon=", "decay": "momentum=", "axis": r"BatchNorm\(feature_axes"},
+    jaxbn.Gather: {"eps": r"BatchNorm\(epsilon=", "num_features": "init"},
+    functools.partial(jaxbn.GhostBatchNorm, BN, 2): {"momentum": r"BatchNorm\(momentum=", "axis": "feature_axes"},
+    functools.partial(BN.apply, PARAMS, STATE, X): {
+        "train": r"training=0\.5", "is_training": "training=", "use_running_average": "training=not",
+        "inference": "training=not", "deterministic": "training=not",
+    },
+    functools.partial(BN.apply, PARAMS, STATE, X, True): {
+        "mask": r"weights=0\.5", "where": "weights=", "decay": "momentum=", "eps": "epsilon=", "axis": "feature_axes",
+    },
+    functools.partial(RENORM.apply, *RENORM.init(3), X, True): {"mask": "weights=", "decay": "momentum="},
+    functools.partial(jaxbn.GhostBatchNorm(BN, 2).apply, PARAMS, STATE, X, True): {"mask": "weights="},
+    functools.partial(jaxbn.Gather(BN).apply, PARAMS, STATE, X, True): {"mask": "weights="},
+    functools.partial(jaxbn.Gather(BN).apply, PARAMS, STATE, X): {"train": "training="},
+    functools.partial(jaxbn.apply, PARAMS, STATE, X): {"train": "training=", "is_training": "training="},
+    functools.partial(jaxbn.apply, PARAMS, STATE, X, True): {"mask": "weights="},
+    functools.partial(jaxbn.init, 3): {"eps": "epsilon=", "axis": "feature_axes", "train": "training="},
+    functools.partial(jaxbn.moments, X): {"axis": "feature_axes", "axes": "feature_axes", "mask": "weights="},
+    functools.partial(jaxbn.normalize, X, X[0], X[0]): {
+        "eps": "epsilon=", "gamma": "scale=", "beta": "bias=", "offset": "bias=", "axis": "feature_axes",
+    },
+    functools.partial(jaxbn.normalize, X, X[0]): {"variance": "var="},
+    functools.partial(jaxbn.update_running, STATE, jaxbn.moments(X)): {"decay": "momentum="},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_a_fact_and_a_remedy(mistake):
-    call, error, fact, remedy = MISTAKES[mistake]
-    with pytest.raises(error) as caught:
-        call()
+@pytest.mark.parametrize(
+    ("call", "word", "remedy"),
+    [(call, *answer) for call, words in FOREIGN.items() for answer in words.items()],
+)
+def test_words_of_other_libraries_are_answered_in_ours(call, word, remedy):
+    with pytest.raises(TypeError) as caught:
+        call(**{word: 0.5})
     message = str(caught.value)
-    assert re.search(fact, message, re.DOTALL), message
-    assert re.search(remedy, message), message
-    if remedy:
-        assert message.count(". ") >= 1, message
-        assert message.endswith((".", "?")), message
+    assert f"has no argument {word}, got {word}=0.5. Write " in message, message
+    assert re.search(remedy, message.split(". Write ")[1]), message
+    assert message.endswith("."), message
+
+
+def test_an_error_from_within_is_passed_on():
+    def scale_init(key, shape, dtype):
+        raise TypeError("scale_init() got an unexpected keyword argument 'eps'")
+
+    with pytest.raises(TypeError, match="scale_init"):
+        BN.init(3, scale_init=scale_init)
+
+
+def test_layers_stay_values_that_travel():
+    for layer in (jaxbn.BatchNorm(epsilon=0.5), RENORM, jaxbn.GhostBatchNorm(BN, 2)):
+        assert pickle.loads(pickle.dumps(layer)) == layer == copy.deepcopy(layer)
+        assert dataclasses.replace(layer) == layer
+    assert pickle.loads(pickle.dumps(jaxbn.moments)) is jaxbn.moments
+
+
+@pytest.mark.parametrize(
+    ("package", "statement", "extra"),
+    [
+        ("flax", "jaxbn.linen", "flax"),
+        ("flax", "import jaxbn.linen", "flax"),
+        ("flax", "import jaxbn.nnx", "flax"),
+        ("flax", "from jaxbn import nnx", "flax"),
+        ("optax", "import jaxbn.linen", "flax"),
+        ("optax", "jaxbn.optim.clip_scale()", "optax"),
+        ("tqdm", "jaxbn.reestimate(None, jaxbn.init(3)[1], [], progress=True)", "progress"),
+        ("safetensors", "jaxbn.convert.load('a.safetensors')", "convert"),
+        ("orbax", "jaxbn.convert.load('a')", "diagnose"),
+        ("matplotlib", "jaxbn.diagnose.diagnose(jaxbn.init(3)).plot('a.png')", "diagnose"),
+    ],
+)
+def test_a_package_that_is_missing_names_its_extra(package, statement, extra, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    code = f"import sys; sys.modules[{package!r}] = None; import jaxbn, jaxbn.convert\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + statement],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(jaxbn.__file__).parents[1])},
+        timeout=120,
+    )
+    message = done.stderr.strip().split("\n")[-1]
+    assert f"pip install 'jaxbn[{extra}]'" in message, done.stderr
+    assert package in message
 
 
 def test_a_mistake_inside_jit_is_found_while_tracing():

@@ -379,6 +379,7 @@ def test_what_differs_on_purpose():
 X = jnp.ones((4, 3))
 LAYER = jaxbn.linen.BatchNorm()
 VARIABLES = LAYER.init(jax.random.key(0), X, use_running_average=True)
+KEY = jax.random.key(0)
 MISTAKES = {
     "no mode": (lambda: LAYER.apply(VARIABLES, X), ValueError, "use_running_average=not"),
     "mode twice": (
@@ -415,6 +416,52 @@ MISTAKES = {
         lambda: step(jaxbn.linen.BatchNorm(False, momentum=None), VARIABLES, X),
         TypeError,
         r"Norm\(jaxbn.BatchNorm\(momentum=None\)",
+    ),
+    "size for a mode": (
+        lambda: jaxbn.linen.BatchNorm(64),
+        TypeError,
+        "must be a bool, got 64.*takes it from x",
+    ),
+    "number for a mode in the call": (
+        lambda: LAYER.apply(VARIABLES, X, 1),
+        TypeError,
+        "must be a bool, got 1",
+    ),
+    "size by name": (
+        lambda: jaxbn.linen.BatchNorm(num_features=64),
+        TypeError,
+        "nothing instead: the layer takes the number of features from x",
+    ),
+    "eps": (lambda: jaxbn.linen.BatchNorm(eps=0.5), TypeError, "epsilon=0.5"),
+    "decay": (lambda: jaxbn.linen.BatchNorm(decay=0.5), TypeError, "momentum=0.5"),
+    "center": (lambda: jaxbn.linen.BatchNorm(center=False), TypeError, "use_bias=False"),
+    "feature_axes": (
+        lambda: jaxbn.linen.BatchNorm(feature_axes=1),
+        TypeError,
+        "Write axis, the feature axis",
+    ),
+    "train for the layer": (
+        lambda: jaxbn.linen.BatchNorm(train=True),
+        TypeError,
+        "use_running_average=not train",
+    ),
+    "train in the call": (
+        lambda: LAYER.apply(VARIABLES, X, train=True),
+        TypeError,
+        "use_running_average=not train",
+    ),
+    "mask for any normalizer": (
+        lambda: jaxbn.linen.Norm(jaxbn.BatchNorm()).init(KEY, X, False, mask=X > 0),
+        TypeError,
+        "weights=",
+    ),
+    "dtype": (lambda: jaxbn.linen.BatchNorm(dtype="bf16"), TypeError, r"jnp\.bfloat16"),
+    "size for any normalizer": (lambda: jaxbn.linen.Norm(64), TypeError, "BatchNorm()"),
+    "no normalizer": (lambda: jaxbn.linen.Norm(), TypeError, "such as jaxbn.BatchNorm"),
+    "channels first": (
+        lambda: LAYER.apply(VARIABLES, jnp.ones((2, 3, 5, 5)), True),
+        errors.ScopeParamShapeError,
+        "axis=1",
     ),
 }
 

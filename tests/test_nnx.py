@@ -1,5 +1,6 @@
 """NNX: whatever Flax's layer does with an argument or a transform, ours does too."""
 
+import functools
 import inspect
 import pickle
 
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import errors, nnx
 from flax.nnx import bridge
 from jax.sharding import PartitionSpec
 
@@ -297,7 +298,63 @@ MISTAKES = {
         ValueError,
         "weights=weights \\* mask",
     ),
+    "no size, no rngs": (
+        lambda: jaxbn.nnx.BatchNorm(),
+        TypeError,
+        r"x\.shape\[-1\].*rngs=nnx\.Rngs\(0\)",
+    ),
+    "no rngs": (lambda: jaxbn.nnx.BatchNorm(64), TypeError, r"rngs=nnx\.Rngs\(0\)"),
+    "size by another name": (lambda: layer_of(features=64), TypeError, "num_features=64"),
+    "eps": (lambda: layer_of(3, eps=0.5), TypeError, "epsilon=0.5"),
+    "train for the layer": (
+        lambda: layer_of(3, train=True),
+        TypeError,
+        "use_running_average=not train",
+    ),
+    "train in the call": (
+        lambda: layer_of(3)(X, train=True),
+        TypeError,
+        "use_running_average=not train",
+    ),
+    "number for a mode": (
+        lambda: layer_of(3, use_running_average=1),
+        TypeError,
+        "must be a bool, got 1",
+    ),
+    "text for a mode in the call": (
+        lambda: layer_of(3)(X, "train"),
+        TypeError,
+        "must be a bool, got 'train'",
+    ),
+    "dtype": (lambda: layer_of(3, dtype="fp16"), TypeError, r"jnp\.float16"),
+    "channels first": (lambda: layer_of(3)(jnp.ones((2, 3, 5, 5))), ValueError, "axis=1"),
+    "size for any normalizer": (lambda: jaxbn.nnx.Norm(64), TypeError, "num_features"),
+    "captured by nnx.jit": (
+        lambda: nnx.jit(layer_of(3))(X),
+        errors.TraceContextError,
+        r"nnx\.jit\(lambda model, x: model\(x\)\)\(model, x\)",
+    ),
+    "captured by jax.grad": (
+        lambda: jax.grad(functools.partial(sum_of, layer_of(3)))(X),
+        errors.TraceContextError,
+        "update_stats=False",
+    ),
+    "captured training state": (
+        lambda: nnx.jit(step_that_captures())(X),
+        errors.TraceContextError,
+        r"nnx\.jit\(lambda model, x: model\(x\)\)\(model, x\)",
+    ),
 }
+
+
+def sum_of(layer, x):
+    return layer(x).sum()
+
+
+def step_that_captures():
+    state = jaxbn.nnx.TrainState(layer_of(3, use_running_average=True), optax.sgd(0.1))
+    grads = jax.tree.map(jnp.zeros_like, nnx.state(state.model, nnx.Param))
+    return lambda x: state.apply_gradients(grads)
 
 
 class Taken:

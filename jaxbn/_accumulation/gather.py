@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._accumulation.state import Gathered
-from jaxbn._layers.checks import split_mode
+from jaxbn._axes import divided_axes
+from jaxbn._layers.checks import in_our_words, split_mode
 from jaxbn._layers.ghost_batches import GhostBatches
-from jaxbn._layers.normalizer import Normalizer, Params, State, require
+from jaxbn._layers.normalizer import Normalizer, Params, State
+from jaxbn._layers.required import require
 from jaxbn._layers.wrapper import Wrapper
 from jaxbn._sharding import reshard_like
 from jaxbn._statistics.moments import Moments, merge_moments, moments
@@ -22,6 +24,7 @@ NOT_TRACKED = {"weights", "residual", "adjustment"}
 
 
 @jax.tree_util.register_static
+@in_our_words
 @dataclasses.dataclass(frozen=True)
 class Gather(Wrapper[Params, State]):
     """A norm that can gather: with a state from `gather`, it pools before it tracks.
@@ -90,6 +93,7 @@ class Gather(Wrapper[Params, State]):
         **options: Any,
     ) -> tuple[Array, State]: ...
 
+    @in_our_words
     def apply(
         self,
         params: Params,
@@ -113,7 +117,12 @@ class Gather(Wrapper[Params, State]):
             )
         y = self.inner.apply(params, state.start, x, training, **options)[0]
         inner, weights = self.wrapped, options.get("weights")
-        batch = moments(x, feature_axes=inner.feature_axes, weights=weights)
+        axes = inner.feature_axes
+        if not divided_axes(axes, jnp.shape(x))[0]:
+            # One example, which all its axes are features of.
+            x, axes = jnp.asarray(x)[None], tuple(range(1, jnp.ndim(x) + 1))
+            weights = None if weights is None else jnp.asarray(weights)[None]
+        batch = moments(x, feature_axes=axes, weights=weights)
         if inner.axis_name is not None:
             groups = inner.axis_index_groups
             batch = sync_moments(batch, inner.axis_name, axis_index_groups=groups)

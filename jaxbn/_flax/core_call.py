@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping
+from types import NoneType
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from jax.typing import ArrayLike
 
 from jaxbn._accumulation.gather import Gather
 from jaxbn._accumulation.state import Gathered
-from jaxbn._dtypes import at_least_float32, widest
+from jaxbn._dtypes import as_dtype, at_least_float32, widest
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._layers.checks import axis_of
 from jaxbn._layers.functions import InitApply
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._statistics.named_axes import as_groups
@@ -34,9 +36,37 @@ def as_inexact(x: ArrayLike, dtype: DTypeLike | None) -> Array:
 
 def as_training(use_running_average: bool | Array) -> bool | Array:
     """Returns the opposite, of a traced flag too."""
+    check_mode(use_running_average)
     if isinstance(use_running_average, jax.Array):
         return jnp.logical_not(use_running_average)
     return not use_running_average
+
+
+def check_mode(use_running_average: Any) -> None:
+    """Raises unless a mode is None, a bool, or an array."""
+    if isinstance(use_running_average, (NoneType, bool, np.bool_, np.ndarray, jax.Array)):
+        return
+    # A number would count as True: as inference for ever.
+    raise TypeError(
+        f"use_running_average must be a bool, got {use_running_average!r}. Write "
+        "use_running_average=False for training and True for inference; a number of "
+        "features is not given to a layer of linen, which takes it from x."
+    )
+
+
+def check_settings(use_running_average: Any, *dtypes: DTypeLike | None) -> None:
+    """Raises unless the mode and the dtypes of a layer are such."""
+    check_mode(use_running_average)
+    for dtype in dtypes:
+        as_dtype(dtype)
+
+
+def axis_remedy(got: Shape, want: Shape, shape: Shape) -> str:
+    """Returns what to write where x, of `shape`, has `want` features instead of `got`."""
+    axis = axis_of(got, want, shape)
+    if axis is None:
+        return "set axis to the feature axis of x"
+    return f"write axis={axis}, since that axis of x has the size of the layer"
 
 
 def feature_axes(axis: Axes, ndim: int) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ import numpy as np
 from jaxbn._compat import is_traced
 from jaxbn._dtypes import real_part, widest
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._layers.normalizer import Normalizer, require
+from jaxbn._layers.normalizer import Normalizer
+from jaxbn._layers.required import require
 from jaxbn._typing import Array
 
 _DEFAULT = BatchNorm()

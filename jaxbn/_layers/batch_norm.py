@@ -12,6 +12,7 @@ from jaxbn._axes import as_axes, feature_sizes
 from jaxbn._dtypes import as_dtype, at_least_float32, real_part
 from jaxbn._kernels.affine_map import inverse_deviation
 from jaxbn._kernels.normalize import check_epsilon
+from jaxbn._layers.checks import in_our_words
 from jaxbn._layers.normalizer import Normalizer, apply_normalizer
 from jaxbn._state import BatchNormParams, BatchStats, draw
 from jaxbn._statistics.moments import Moments
@@ -31,6 +32,7 @@ from jaxbn._typing import (
 
 
 @jax.tree_util.register_static
+@in_our_words
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
     r"""Batch normalization.
@@ -124,6 +126,7 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
                 "forgets its initial value anyway. Drop one of the two."
             )
 
+    @in_our_words
     def init(
         self,
         num_features: int | tuple[int, ...],
@@ -168,6 +171,7 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
         )
         return params, BatchStats(mean, var, weight)
 
+    @in_our_words
     def apply(
         self,
         params: BatchNormParams,
@@ -193,7 +197,8 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
         Args:
             params: As `init` returned them, or trained since.
             state: As `init` or the last call returned it.
-            x: Floating or complex, of rank 2 or more.
+            x: Floating or complex, of rank 2 or more. Of the features' rank alone, it is
+                one example: for inference, or of a batch along the axis `axis_name`.
             training: A Python bool, or a traced or concrete boolean scalar, for which one
                 compiled program serves both modes.
             weights: None, or a boolean mask or non-negative sample weights: of x's rank

@@ -9,6 +9,7 @@ from jax import lax
 from jax.nn import initializers
 
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._layers.checks import in_our_words
 from jaxbn._layers.normalizer import apply_normalizer
 from jaxbn._layers.renorm_limits import RenormLimits, check_limits
 from jaxbn._layers.wrapper import Wrapper
@@ -22,6 +23,7 @@ _DEFAULT, _LIMITS = BatchNorm(), RenormLimits()
 
 
 @jax.tree_util.register_static
+@in_our_words
 @dataclasses.dataclass(frozen=True)
 class BatchRenorm(Wrapper[BatchNormParams, RenormStats]):
     r"""Batch renormalization.
@@ -94,6 +96,7 @@ class BatchRenorm(Wrapper[BatchNormParams, RenormStats]):
         object.__setattr__(self, "limits", RenormLimits(*map(float, self.limits)))
         check_limits(self.limits)
 
+    @in_our_words
     def init(
         self,
         num_features: int | tuple[int, ...],
@@ -120,6 +123,7 @@ class BatchRenorm(Wrapper[BatchNormParams, RenormStats]):
         std, renorm_std = jnp.sqrt(stats.var), jnp.sqrt(stats.var)
         return params, RenormStats(stats.mean, stats.var, std, stats.mean + 0, renorm_std)
 
+    @in_our_words
     def apply(
         self,
         params: BatchNormParams,
@@ -138,7 +142,7 @@ class BatchRenorm(Wrapper[BatchNormParams, RenormStats]):
         Args:
             params: As `init` returned them, or trained since.
             state: As `init` or the last call returned it.
-            x: Floating or complex, of rank 2 or more.
+            x: As for `BatchNorm.apply`, and real.
             training: A bool, or a boolean scalar array, which may be traced.
             weights: As for `BatchNorm.apply`.
             residual: As for `BatchNorm.apply`.

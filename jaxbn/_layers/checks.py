@@ -1,13 +1,52 @@
 """What is checked of the arguments of `apply` before any arithmetic."""
 
 import functools
-from typing import Any
+import inspect
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._layers.foreign_words import answer_to
 from jaxbn._typing import Array, ArrayLike, PairLike, Shape
+
+T = TypeVar("T")
+
+
+def in_our_words(function: T) -> T:
+    """Decorates a function, or a class for its constructor, to answer foreign words."""
+    if isinstance(function, type):
+        function.__init__ = in_our_words(function.__init__)
+        return function
+    inside: Any = function
+
+    @functools.wraps(inside)
+    def call(*args, **kwargs):
+        try:
+            return inside(*args, **kwargs)
+        except TypeError as error:
+            answer = answer_to(inside, error, args, kwargs)
+            if answer is None:
+                raise
+            raise TypeError(answer) from None
+
+    return call  # pyright: ignore[reportReturnType]
+
+
+def unanswered(normalizer: Any, name: str) -> TypeError:
+    """Returns the error of a normalizer without a method that Normalizer only declares."""
+    return TypeError(
+        f"{type(normalizer).__name__} does not answer {name}, which this needs. Write the "
+        f"method `{signature_of(type(normalizer), name)}`."
+    )
+
+
+def signature_of(owner: type, name: str) -> str:
+    """Returns the head of the method `name` of a class, as it is written."""
+    whole = inspect.signature(getattr(owner, name))
+    shown = [p for p in whole.parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    return f"def {name}{whole.replace(parameters=shown)}"
 
 
 def split_mode(training: bool | Array) -> tuple[bool | None, Array | None]:
@@ -59,11 +98,25 @@ def _check_fields(name: str, value: Any, made: Any, shape: Shape) -> None:
     for field, want, got in zip(made._fields, made, value, strict=True):
         want, got = (None if a is None else jnp.shape(a) for a in (want, got))
         if want != got:
+            axis = axis_of(got, want, shape)
+            hint = "Take params and state from init() of this layer"
+            if axis is not None:
+                hint = (
+                    f"Write feature_axes={axis}, an axis of x of this size, or take both "
+                )
+                hint += "from init()"
             raise ValueError(
                 f"{name}.{field} must have shape {want} for x of shape {shape}, got {got}. "
-                "Take params and state from init() of this layer, called with the number "
-                "of features of x."
+                f"{hint}, called with the number of features of x."
             )
+
+
+def axis_of(got: Shape | None, want: Shape | None, shape: Shape) -> int | None:
+    """Returns the axis of x, of `shape`, whose size `got` is instead of `want`, or None."""
+    if got is None or want is None or len(got) != 1 or len(want) != 1:
+        return None
+    # Features are rarely on the axis of the batch, which may have their number by chance.
+    return next((axis for axis in range(1, len(shape)) if shape[axis] == got[0]), None)
 
 
 def check_adjustment(adjustment: PairLike, features: Shape, shape: Shape) -> None:

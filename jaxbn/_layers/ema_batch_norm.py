@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._layers.checks import in_our_words
 from jaxbn._layers.normalizer import apply_normalizer
 from jaxbn._layers.wrapper import Wrapper
 from jaxbn._sharding import reshard_like
@@ -20,6 +21,7 @@ _DEFAULT = BatchNorm()
 
 
 @jax.tree_util.register_static
+@in_our_words
 @dataclasses.dataclass(frozen=True)
 class EmaBatchNorm(Wrapper[BatchNormParams, BatchStats]):
     r"""Batch normalization with the running statistics, in training too.
@@ -76,6 +78,7 @@ class EmaBatchNorm(Wrapper[BatchNormParams, BatchStats]):
         params, state = self.bn.init(num_features, **options)
         return params, state._replace(weight=jnp.zeros_like(state.var))
 
+    @in_our_words
     def apply(
         self,
         params: BatchNormParams,

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._layers.checks import in_our_words
 from jaxbn._layers.normalizer import Params, State
 from jaxbn._typing import Array, ArrayLike
 
@@ -31,6 +32,7 @@ class InitApply(Protocol[Params, State]):
         ...
 
 
+@in_our_words
 def init(
     num_features: int | tuple[int, ...],
     normalizer: InitApply[Params, State] = _DEFAULT,
@@ -58,6 +60,7 @@ def init(
     return normalizer.init(num_features, **options)
 
 
+@in_our_words
 def apply(
     params: Params,
     state: State,

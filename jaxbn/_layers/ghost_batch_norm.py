@@ -5,8 +5,10 @@ from typing import Any, Literal
 
 import jax
 
+from jaxbn._layers.checks import in_our_words
 from jaxbn._layers.ghost_batches import GhostBatches
-from jaxbn._layers.normalizer import Normalizer, Params, State, require
+from jaxbn._layers.normalizer import Normalizer, Params, State
+from jaxbn._layers.required import require
 from jaxbn._layers.wrapper import Wrapper
 
 LAYOUTS = ("contiguous", "strided")
@@ -14,6 +16,7 @@ TRACKINGS = ("pooled", "averaged")
 
 
 @jax.tree_util.register_static
+@in_our_words
 @dataclasses.dataclass(frozen=True)
 class GhostBatchNorm(Wrapper[Params, State]):
     """Normalization by the statistics of ghost batches, parts of the batch.

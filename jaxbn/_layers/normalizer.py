@@ -1,17 +1,17 @@
 """What every normalizer answers, and one application of it."""
 
 import functools
-import inspect
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._axes import expand, feature_shape, reduction_axes
+from jaxbn._axes import divided_axes, expand, no_axis_left
 from jaxbn._dtypes import as_float, upcast, widest
 from jaxbn._kernels.reduction import hide_unweighted
 from jaxbn._layers import checks
+from jaxbn._layers.foreign_words import not_a_function
 from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._layers.loop_shape import loop_shape_of
 from jaxbn._layers.rule import Given, Plan, normalized, whole_batch
@@ -93,8 +93,9 @@ class Normalizer(Protocol[Params, State]):
         self, num_features: int | tuple[int, ...], *_: Any, **options: Any
     ) -> tuple[Params, State]:
         """Returns `(params, state)` for inputs with `num_features` features."""
-        raise _unanswered(self, "init")
+        raise checks.unanswered(self, "init")
 
+    @checks.in_our_words
     def apply(
         self,
         params: Params,
@@ -110,9 +111,14 @@ class Normalizer(Protocol[Params, State]):
         """
         return apply_normalizer(self, params, state, x, training, *_, **options)
 
+    if not TYPE_CHECKING:
+
+        def __call__(self, *_, **__):
+            raise TypeError(not_a_function(type(self).__name__))
+
     def track(self, state: State, batch: Moments, *_: Any, **options: Any) -> State:
         """Returns the state after one update with the moments of a batch."""
-        raise _unanswered(self, "track")
+        raise checks.unanswered(self, "track")
 
     def running(self, state: State) -> Pair:
         """Returns the mean and the variance that inference normalizes with."""
@@ -120,7 +126,7 @@ class Normalizer(Protocol[Params, State]):
 
     def standardize(self, mean: Array, var: Array) -> tuple[Array, Array | None]:
         """Returns what (x - mean) is multiplied by, and what is added then, or None."""
-        raise _unanswered(self, "standardize")
+        raise checks.unanswered(self, "standardize")
 
     def scale_and_bias(self, params: Params) -> tuple[Array | None, Array | None]:
         """Returns the trained scale and bias, each of the shape of the features or None."""
@@ -134,30 +140,6 @@ class Normalizer(Protocol[Params, State]):
 
     def check(self, state: State, x: Array, tracks: bool, *_: Any, **options: Any) -> None:
         """Raises if the arguments of `apply` do not fit; nothing by default."""
-
-
-def require(user: str, normalizer: Any, *names: str) -> None:
-    """Raises unless `normalizer` answers the methods `names`, which `user` needs."""
-    for name in names:
-        if not callable(getattr(normalizer, name, None)):
-            raise TypeError(
-                f"{user} asks a normalizer for {name}, which {type(normalizer).__name__} "
-                f"does not answer. Wrap the layer itself, or write the method "
-                f"`{_signature(name)}`, for which jaxbn.Normalizer may have a default."
-            )
-
-
-def _unanswered(normalizer: Any, name: str) -> TypeError:
-    return TypeError(
-        f"{type(normalizer).__name__} does not answer {name}, which this needs. Write the "
-        f"method `{_signature(name)}`."
-    )
-
-
-def _signature(name: str) -> str:
-    whole = inspect.signature(getattr(Normalizer, name))
-    shown = [p for p in whole.parameters.values() if p.kind is not p.VAR_POSITIONAL]
-    return f"def {name}{whole.replace(parameters=shown)}"
 
 
 def apply_normalizer(
@@ -174,14 +156,21 @@ def apply_normalizer(
 ) -> tuple[Array, Any]:
     """Checks the arguments of `layer.apply`, then runs it in one compiled function."""
     x = as_float(x)
-    axes = reduction_axes(layer.feature_axes, x.shape)
-    features = feature_shape(layer.feature_axes, x.shape)
+    axes, features = divided_axes(layer.feature_axes, x.shape)
     checks.check_made_by(layer, params, state, features, x.shape)
     if adjustment is not None:
         checks.check_adjustment(adjustment, features, x.shape)
     if residual is not None:
         checks.check_residual(residual, x.shape)
     mode, flag = checks.split_mode(training)
+    lone = not axes
+    if lone:
+        # One example: the rest of its batch is on the mapped axis.
+        if mode is not False and layer.axis_name is None:
+            raise no_axis_left(features, x.shape)
+        x, axes = x[None], (0,)
+        residual = None if residual is None else jnp.asarray(residual)[None]
+        weights = None if weights is None else jnp.asarray(weights)[None]
     layer.check(state, x, mode is not False, **options)
     if mode is not False:
         if layer.axis_name is not None:
@@ -201,7 +190,7 @@ def apply_normalizer(
             f"JAX has no axis_index_groups under vmap, got {layer.axis_index_groups}. Use "
             "pmap or shard_map, or nest two vmaps and name the inner one, a group."
         ) from error
-    return y, state if mode is False else after
+    return y[0] if lone else y, state if mode is False else after
 
 
 # Not inlined: JAX traces, differentiates and lowers this once for all layers of equal

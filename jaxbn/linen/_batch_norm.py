@@ -11,16 +11,19 @@ from jax.typing import ArrayLike
 from jaxbn._flax.core_call import (
     as_inexact,
     call_batch_norm,
+    check_settings,
     stats_dtype,
     variable_shape,
     zero_stats,
 )
 from jaxbn._flax.gathered_leaves import gathered_like
+from jaxbn._layers.checks import in_our_words
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Shape
-from jaxbn.linen._variables import gathering, statistic, tracks, training_of
+from jaxbn.linen._variables import FeaturesError, gathering, statistic, tracks, training_of
 
 
+@in_our_words
 class BatchNorm(nn.Module):
     """Batch normalization with the fields, variables and behaviour of Flax's linen layer.
 
@@ -86,7 +89,12 @@ class BatchNorm(nn.Module):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
 
+    def __post_init__(self):
+        check_settings(self.use_running_average, self.dtype, self.param_dtype)
+        super().__post_init__()
+
     @nn.compact
+    @in_our_words
     def __call__(
         self,
         x: ArrayLike,
@@ -121,6 +129,8 @@ class BatchNorm(nn.Module):
         x = as_inexact(x, self.dtype)
         features = variable_shape(self.axis, x.shape)
         mean, var = _stats(self, features, x.dtype)
+        if mean.value.shape != features:
+            raise FeaturesError("/".join(self.path), mean.value.shape, features, x.shape)
         scale = bias = None
         if self.use_scale:
             scale = self.param("scale", self.scale_init, features, self.param_dtype)

@@ -9,13 +9,22 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn._accumulation.gather import Gather
-from jaxbn._flax.core_call import kinds_of, leaf_names, num_features_of, with_leaves
+from jaxbn._flax.core_call import (
+    check_mode,
+    kinds_of,
+    leaf_names,
+    num_features_of,
+    with_leaves,
+)
 from jaxbn._flax.gathered_leaves import gathered_like
+from jaxbn._layers.checks import in_our_words
 from jaxbn._layers.functions import InitApply
+from jaxbn._layers.required import require
 from jaxbn._typing import Array
 from jaxbn.linen._variables import gathering, statistic, tracks, training_of
 
 
+@in_our_words
 class Norm(nn.Module):
     """Any normalizer as a linen module: renormalization, ghost batches, one of your own.
 
@@ -47,7 +56,13 @@ class Norm(nn.Module):
     use_running_average: bool | None = None
     init_options: Mapping[str, Any] | None = None
 
+    def __post_init__(self):
+        check_mode(self.use_running_average)
+        require("Norm", self.normalizer, "init")
+        super().__post_init__()
+
     @nn.compact
+    @in_our_words
     def __call__(
         self,
         x: ArrayLike,

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 from flax import errors
 
-from jaxbn._flax.core_call import as_training
+from jaxbn._flax.core_call import as_training, axis_remedy
 from jaxbn._flax.gathered_leaves import is_gathering, more_names
-from jaxbn._typing import Array
+from jaxbn._typing import Array, Shape
 
 
 class MissingStatsError(errors.ScopeCollectionNotFound, ValueError):
@@ -33,6 +33,18 @@ class FrozenStatsError(errors.ModifyScopeVariableError, ValueError):
             "Write y, updates = model.apply(variables, x, mutable=['batch_stats']) and "
             "keep updates['batch_stats']; or call the layer with update_stats=False, or "
             "with use_running_average=True.",
+        )
+
+
+class FeaturesError(errors.ScopeParamShapeError, ValueError):
+    """The features of x are not those that a layer was made for."""
+
+    def __init__(self, path: str, got: Shape, want: Shape, shape: Shape):
+        Exception.__init__(
+            self,
+            f"the layer at /{path} was made for {got} features, got {want} in x of shape "
+            f"{shape}. Make variables for x with init, or "
+            f"{axis_remedy(got, want, shape)}.",
         )
 
 

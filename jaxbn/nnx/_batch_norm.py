@@ -12,12 +12,15 @@ from jax.typing import ArrayLike
 
 from jaxbn._flax.core_call import (
     as_inexact,
+    axis_remedy,
     call_batch_norm,
+    check_settings,
     stats_dtype,
     variable_shape,
     zero_stats,
 )
 from jaxbn._flax.gathered_leaves import gathered_like
+from jaxbn._layers.checks import in_our_words
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Shape
 from jaxbn.nnx._norm import Switchable, assign, gathering, training_of
@@ -25,6 +28,7 @@ from jaxbn.nnx._norm import Switchable, assign, gathering, training_of
 _STATS = ("mean", "var")
 
 
+@in_our_words
 class BatchNorm(Switchable):
     """Batch normalization with the arguments, variables and behaviour of Flax's NNX layer.
 
@@ -103,6 +107,7 @@ class BatchNorm(Switchable):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
+        check_settings(use_running_average, dtype, param_dtype)
         shape = _as_shape(num_features)
         stats = zero_stats(shape, stats_dtype(dtype, param_dtype))
         self.mean: nnx.BatchStat[Array] = nnx.BatchStat(stats.mean)
@@ -131,6 +136,7 @@ class BatchNorm(Switchable):
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
 
+    @in_our_words
     def __call__(
         self,
         x: ArrayLike,
@@ -166,7 +172,8 @@ class BatchNorm(Switchable):
             raise ValueError(
                 f"x of shape {x.shape} has {_as_number(features)} features on "
                 f"axis={self.axis}, but the layer was made for {self.num_features}. Write "
-                f"BatchNorm({_as_number(features)}, ...), or set axis to the feature axis."
+                f"BatchNorm({_as_number(features)}, ...), or "
+                f"{axis_remedy(_as_shape(self.num_features), features, x.shape)}."
             )
         mean, var = self.mean[...], self.var[...]
         scale = None if self.scale is None else self.scale[...]

@@ -5,14 +5,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import errors, nnx
 from jax.typing import ArrayLike
 
 from jaxbn._accumulation.gather import Gather
 from jaxbn._compat import set_value
-from jaxbn._flax.core_call import as_training, kinds_of, leaf_names, with_leaves
+from jaxbn._flax.core_call import (
+    as_training,
+    check_mode,
+    kinds_of,
+    leaf_names,
+    with_leaves,
+)
 from jaxbn._flax.gathered_leaves import gathered_like, is_gathering, more_names
+from jaxbn._layers.checks import in_our_words
 from jaxbn._layers.functions import InitApply
+from jaxbn._layers.required import require
 from jaxbn._typing import Array
 
 
@@ -33,6 +41,7 @@ class Switchable(nnx.Module):
             self.use_running_average = use_running_average
 
 
+@in_our_words
 class Norm(Switchable):
     """Any normalizer as an NNX module: renormalization, ghost batches, one of your own.
 
@@ -69,6 +78,8 @@ class Norm(Switchable):
         rngs: nnx.Rngs | None = None,
         **init_options: Any,
     ):
+        check_mode(use_running_average)
+        require("Norm", normalizer, "init")
         self.normalizer = normalizer
         self.num_features = num_features
         self.use_running_average = use_running_average
@@ -83,6 +94,7 @@ class Norm(Switchable):
                     )
                 setattr(self, name, kind(jnp.asarray(leaf)))
 
+    @in_our_words
     def __call__(
         self,
         x: ArrayLike,
@@ -147,9 +159,26 @@ def gathering(module: Any, names: Sequence[str], update_stats: bool) -> list[str
     return more_names(names) if gathers else []
 
 
+class CapturedError(errors.TraceContextError, ValueError):
+    """A transformation of JAX was to change a module that it did not get."""
+
+    def __init__(self, what: str):
+        Exception.__init__(
+            self,
+            f"{what} must change what it keeps, but was captured by a function under jit, "
+            "grad, vmap or the like, which got it from outside instead of as an argument. "
+            "Pass the whole module: nnx.jit(lambda model, x: model(x))(model, x), with the "
+            "transformation of flax.nnx; or leave the statistics as they are: call "
+            "model.eval() before, or the layer with update_stats=False.",
+        )
+
+
 def assign(variable: Any, value: Array) -> None:
     """Sets a variable; where the dtype changed, the array is replaced, not written into."""
-    if value.dtype == variable[...].dtype:
-        variable[...] = value
-    else:
-        set_value(variable, value)
+    try:
+        if value.dtype == variable[...].dtype:
+            variable[...] = value
+        else:
+            set_value(variable, value)
+    except errors.TraceContextError:
+        raise CapturedError("a layer in training") from None

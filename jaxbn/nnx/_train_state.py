@@ -3,10 +3,11 @@
 from typing import Any, Generic, TypeVar
 
 import optax
-from flax import nnx
+from flax import errors, nnx
 
 from jaxbn._flax.restore import fill
 from jaxbn._typing import PyTree
+from jaxbn.nnx._norm import CapturedError
 
 M = TypeVar("M", bound=nnx.Module)
 T = TypeVar("T", bound=nnx.Module)
@@ -58,7 +59,12 @@ class TrainState(nnx.Module, Generic[M]):
         Args:
             grads: What `nnx.grad` returned for `model`.
         """
-        self.optimizer.update(self.model, grads)
+        try:
+            self.optimizer.update(self.model, grads)
+        except (errors.TraceContextError, ValueError) as error:
+            if "different trace level" not in str(error):
+                raise
+            raise CapturedError("a TrainState") from None
 
 
 def restore(module: T, saved: PyTree) -> T:

@@ -1,5 +1,7 @@
 """What the options and the wrappers of normalization promise beyond the laws."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,3 +138,44 @@ def test_initializers_draw_from_independent_keys():
     assert len(np.unique(drawn)) == 12
     again, _ = BN.init(4, scale_init=normal, bias_init=normal, key=jax.random.key(1))
     np.testing.assert_array_equal(again.scale, params.scale)
+
+
+MAPPED = jaxbn.BatchNorm(axis_name="batch")
+
+
+@pytest.mark.parametrize(
+    ("layer", "whole"),
+    [
+        (MAPPED, jaxbn.BatchNorm()),
+        (jaxbn.BatchNorm(axis_name="batch", feature_axes=0), jaxbn.BatchNorm()),
+        (jaxbn.BatchRenorm(MAPPED), jaxbn.BatchRenorm()),
+        (jaxbn.Gather(MAPPED), jaxbn.BatchNorm()),
+    ],
+)
+def test_one_example_is_a_batch_of_its_mapped_axis_or_inference(layer, whole):
+    x = jnp.arange(12.0).reshape(4, 3) ** 2
+    params, state = layer.init(3)
+
+    @functools.partial(jax.vmap, axis_name="batch", out_axes=(0, None))
+    def per_example(x, weight):
+        return layer.apply(params, state, x, True, weights=weight)
+
+    for weights in (jnp.ones(4), jnp.array([1.0, 0.0, 1.0, 2.0])):
+        got = per_example(x, weights)
+        want = whole.apply(params, state, x, True, weights=weights)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+    got = jax.grad(lambda x: (per_example(x, jnp.ones(4))[0] ** 3).sum())(x)
+    want = jax.grad(lambda x: (whole.apply(params, state, x, True)[0] ** 3).sum())(x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    y = jax.vmap(lambda x: layer.apply(params, state, x, False)[0])(x)
+    np.testing.assert_allclose(y, whole.apply(params, state, x, False)[0], rtol=1e-6)
+    assert layer.apply(params, state, x[0], False)[0].shape == (3,)
+
+
+def test_a_layer_counts_the_single_examples_that_it_gathers():
+    params, state = jaxbn.init(3)
+    gathered = jaxbn.gather(state)
+    x = jnp.arange(3.0)
+    _, after = jaxbn.Gather(jaxbn.BatchNorm()).apply(params, gathered, x, False)
+    assert after.batch.count.tolist() == [1, 1, 1]
+    assert after.batch.mean.tolist() == [0, 1, 2]
