@@ -42,6 +42,15 @@ def enable_x64() -> Any:
     return jax.experimental.enable_x64()  # before JAX 0.8  # pyright: ignore
 
 
+def concrete_mesh() -> jax.sharding.Mesh | None:
+    """Returns the mesh that `jax.set_mesh` has set, or None."""
+    if hasattr(jax.sharding, "get_mesh"):
+        mesh = jax.sharding.get_mesh()
+    else:  # before JAX 0.8
+        mesh = jax._src.mesh.get_concrete_mesh()  # pyright: ignore
+    return None if mesh is None or mesh.empty else mesh
+
+
 def set_value(variable: Any, value: jax.Array) -> None:
     """Gives a variable of Flax NNX another array, also one of another dtype."""
     if hasattr(type(variable), "set_value"):

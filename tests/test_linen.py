@@ -643,6 +643,69 @@ def test_restored_arrays_have_the_dtypes_and_the_shardings_of_the_target():
             assert (leaf == 0.5).all()
 
 
+def test_restored_statistics_are_float32_or_wider_and_nothing_overflows():
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), VARIABLES)
+    for saved in (VARIABLES, half):
+        for like in (half, jax.eval_shape(lambda: half)):
+            restored = jaxbn.linen.restore(like, saved)
+            dtypes = jax.tree.map(lambda leaf: str(leaf.dtype), restored)
+            assert set(dtypes["batch_stats"].values()) == {"float32"}
+            assert set(dtypes["params"].values()) == {"bfloat16"}
+    large = jax.tree.map(lambda leaf: np.full(3, 1e6, np.float32), VARIABLES)
+    tree = {
+        "float16": ({"a": jnp.ones(3, jnp.float16)}, {"a": np.float32(1e6) * np.ones(3)}),
+        "complex64": ({"a": jnp.ones(3)}, {"a": np.ones(3, np.complex64)}),
+        "float64": ({"a": jnp.ones(3, int)}, {"a": np.ones(3) / 2}),
+        "int64": ({"a": jnp.ones(3, int)}, {"a": np.full(3, 2**40)}),
+    }
+    for name, (target, saved) in tree.items():
+        with pytest.raises(ValueError, match=f"a is .*{name}.*do not fit"):
+            jaxbn.linen.restore(target, saved)
+    assert jaxbn.linen.restore({"a": jnp.ones(3, int)}, {"a": np.full(3, 7)})["a"][0] == 7
+    half_params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), VARIABLES)
+    with pytest.raises(ValueError, match="float16"):
+        jaxbn.linen.restore(half_params, large)
+
+
+def test_an_abstract_model_of_a_mesh_is_restored_onto_its_devices():
+    kind = (jax.sharding.AxisType.Explicit,)
+    devices = jax.devices()[:3]
+    mesh = jax.make_mesh((3,), ("model",), axis_types=kind, devices=devices)
+    sharded = jax.sharding.NamedSharding(mesh, PartitionSpec("model"))
+    target = jax.device_put(VARIABLES, sharded)
+    abstract = jax.eval_shape(lambda: target)
+    saved = jax.tree.map(np.asarray, VARIABLES)
+    with jax.set_mesh(mesh):
+        restored = jaxbn.linen.restore(abstract, saved)
+    assert {leaf.sharding for leaf in jax.tree.leaves(restored)} == {sharded}
+    with pytest.raises(ValueError, match=r"devices.*jax\.set_mesh\(mesh\)"):
+        jaxbn.linen.restore(abstract, saved)
+
+
+def test_a_partial_restore_tells_what_was_left():
+    target = {"a": {"value": jnp.ones(2), "key": jnp.ones(3)}, "new": jnp.ones(1)}
+    saved = {"a": {"value": np.zeros(2), "key": np.zeros(4)}, "old": np.ones(1)}
+    restored, left = jaxbn.linen.restore(target, saved, strict=False)
+    assert left == (("new", "a/key"), ("old", "a/key"))
+    assert (left.kept, left.unused) == left
+    want = {"a": {"value": jnp.zeros(2), "key": jnp.ones(3)}, "new": jnp.ones(1)}
+    jax.tree.map(np.testing.assert_array_equal, restored, want)
+    with pytest.raises(ValueError, match="holds old, of which the model has no leaf"):
+        jaxbn.linen.restore(target, {"old": X}, strict=False)
+    with pytest.raises(ValueError, match="strict=False"):
+        jaxbn.linen.restore(target, saved)
+
+
+def test_bytes_of_flax_are_restored_and_what_is_no_tree_is_refused():
+    state, _ = train_step(train_state(), X)
+    restored = jaxbn.linen.restore(train_state(seed=1), serialization.to_bytes(state))
+    numbers = [serialization.to_state_dict(each) for each in (restored, state)]
+    jax.tree.map(np.testing.assert_array_equal, *numbers)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored.params))
+    with pytest.raises(TypeError, match="got None"):
+        jaxbn.linen.restore(VARIABLES, None)
+
+
 def test_a_checkpoint_comes_back_bit_for_bit_or_is_refused(tmp_path):
     state, _ = train_step(train_state(), X)
     with ocp.StandardCheckpointer() as checkpointer:

@@ -10,13 +10,15 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import errors, nnx
+from flax import errors, nnx, serialization
 from flax.nnx import bridge
 from jax.sharding import PartitionSpec
 
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+from jaxbn import convert
+from jaxbn._compat import set_value
 from tests.test_linen import (
     EXAMPLES,
     NORMALIZERS,
@@ -428,6 +430,39 @@ def test_a_state_that_orbax_read_without_a_target_is_restored(tmp_path):
         assert isinstance(restored.scale[...], jax.Array)
         assert restored.scale[...].dtype == jnp.bfloat16
         np.testing.assert_array_equal(restored.mean[...], layer.mean[...])
+    (found,) = convert.find_flax({"norm": saved}).layers.values()
+    np.testing.assert_array_equal(found.state.mean, layer.mean[...])
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_numbers_of_keys_and_half_precision_are_restored(abstract):
+    def make(dtype=jnp.float32):
+        return nnx.Sequential(
+            nnx.Linear(3, 3, param_dtype=dtype, rngs=nnx.Rngs(0)),
+            nnx.Dropout(0.5, rngs=nnx.Rngs(1)),
+            jaxbn.nnx.BatchNorm(3, param_dtype=dtype, rngs=nnx.Rngs(0)),
+        )
+
+    def half():
+        model = make(jnp.bfloat16)
+        for variable in (model.layers[2].mean, model.layers[2].var):
+            set_value(variable, variable[...].astype(jnp.bfloat16))
+        return model
+
+    saved = serialization.to_bytes(numbers(make()))
+    target = nnx.eval_shape(half) if abstract else half()
+    restored = jaxbn.nnx.restore(target, saved)
+    norm = restored.layers[2]
+    assert restored.layers[0].kernel[...].dtype == norm.scale[...].dtype == jnp.bfloat16
+    assert norm.mean[...].dtype == norm.var[...].dtype == jnp.float32
+    norm.mean[...] = norm.mean[...].at[0].set(5.0)
+    with jax.numpy_dtype_promotion("standard"):
+        assert restored(X).shape == X.shape
+    _, left = jaxbn.nnx.restore(make(), {"layers": {"2": arrays(norm)}}, strict=False)
+    assert set(left.kept) == {
+        "layers/0/kernel", "layers/0/bias", "layers/1/rngs/count", "layers/1/rngs/key"
+    }  # fmt: skip
+    assert left.unused == ()
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_or_is_refused(tmp_path):

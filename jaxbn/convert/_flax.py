@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxbn._fold.pairs import as_plain
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._norm_names import FLAX
 from jaxbn._state import BatchStats
@@ -42,7 +43,8 @@ def from_flax(
 
     Args:
         arrays: The variables of linen, `{"params": ..., "batch_stats": ...}`; or the pure
-            dict of an NNX model, `nnx.to_pure_dict(nnx.state(model))`.
+            dict of an NNX model, `nnx.to_pure_dict(nnx.state(model))`, also as Orbax
+            restores an `nnx.State`, with a {"value": array} for each variable.
         prefix: The path of the module, with slashes: `Block_0/BatchNorm_0`, `layers/0/bn`.
         momentum: As the module was made with.
         epsilon: As the module was made with.
@@ -74,7 +76,7 @@ def from_flax(
     read = functools.partial(
         _read, momentum=momentum, epsilon=epsilon, axis=axis, dtype=dtype
     )
-    return read_one(_naming(arrays), arrays, prefix, read, _write)
+    return read_one(_naming(arrays), as_plain(arrays), prefix, read, _write)
 
 
 def to_flax(
@@ -133,7 +135,7 @@ def find_flax(
         (['layers/0/norm'], False)
     """
     read = functools.partial(_read, **with_defaults(from_flax, options))
-    return find(_naming(arrays), arrays, read, _write)
+    return find(_naming(arrays), as_plain(arrays), read, _write)
 
 
 def _naming(arrays: Mapping[str, Any]) -> Naming:

@@ -1,13 +1,13 @@
 """Training state for linen that cannot lose the statistics of its layers."""
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 from flax import core, serialization
 from flax.core.scope import union_filters
 from flax.training import train_state
 
-from jaxbn._flax.restore import fill
+from jaxbn._flax.restore import Left, fill, read
 from jaxbn._typing import PyTree
 
 T = TypeVar("T")
@@ -110,7 +110,11 @@ class TrainState(train_state.TrainState):
         return super().apply_gradients(grads=grads, batch_stats=batch_stats, **fields)
 
 
-def restore(target: T, saved: PyTree) -> T:
+@overload
+def restore(target: T, saved: PyTree, *, strict: Literal[True] = True) -> T: ...
+@overload
+def restore(target: T, saved: PyTree, *, strict: Literal[False]) -> tuple[T, Left]: ...
+def restore(target: T, saved: PyTree, *, strict: bool = True) -> T | tuple[T, Left]:
     """Returns `target` with the arrays of `saved`, which a checkpoint gave back.
 
     Reading and writing is Orbax's; this makes sure that what was read is a checkpoint of
@@ -119,15 +123,21 @@ def restore(target: T, saved: PyTree) -> T:
     Args:
         target: What was saved, in memory: variables, a `TrainState`, any pytree that
             `flax.serialization` knows, also an abstract one from `jax.eval_shape`.
-        saved: The tree that was saved, or its `flax.serialization.to_state_dict`.
+        saved: The tree that was saved, its `flax.serialization.to_state_dict`, or the
+            bytes of `flax.serialization.to_bytes`.
+        strict: False to restore what fits, as for a model with another head.
 
     Returns:
         A tree of the structure, the dtypes and the shardings of `target`, which is left as
-        it was.
+        it was; `batch_stats` are widened to float32 where it holds less, in which running
+        averages stall. With `strict=False`, `(tree, left)`: `left.kept` names the leaves
+        of `target` that stayed as they were, `left.unused` those of `saved` without use.
 
     Raises:
+        TypeError: saved is no tree.
         ValueError: A leaf is missing, is one too many, or has another shape; the message
-            names it, and both shapes.
+            names it, and both shapes. Or its values do not fit the dtype of the target:
+            a float too large, a fraction for an integer, a complex number for a real one.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxbn.linen
@@ -140,6 +150,11 @@ def restore(target: T, saved: PyTree) -> T:
         ValueError: the checkpoint is of another model: batch_stats/mean has shape (3,) in
         the checkpoint and (2,) in the model; ...
     """
-    filled = fill(serialization.to_state_dict(target), serialization.to_state_dict(saved))
+    filled, left = fill(
+        serialization.to_state_dict(target),
+        serialization.to_state_dict(read(saved)),
+        strict=strict,
+        is_statistic=lambda path: "batch_stats" in path,
+    )
     restored: Any = serialization.from_state_dict(target, filled)
-    return restored
+    return restored if strict else (restored, left)

@@ -1,11 +1,11 @@
 """Training state for NNX: one module that holds all that a step changes."""
 
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import optax
 from flax import errors, nnx
 
-from jaxbn._flax.restore import fill
+from jaxbn._flax.restore import Left, fill, read
 from jaxbn._typing import PyTree
 from jaxbn.nnx._norm import CapturedError
 
@@ -67,7 +67,11 @@ class TrainState(nnx.Module, Generic[M]):
             raise CapturedError("a TrainState") from None
 
 
-def restore(module: T, saved: PyTree) -> T:
+@overload
+def restore(module: T, saved: PyTree, *, strict: Literal[True] = True) -> T: ...
+@overload
+def restore(module: T, saved: PyTree, *, strict: Literal[False]) -> tuple[T, Left]: ...
+def restore(module: T, saved: PyTree, *, strict: bool = True) -> T | tuple[T, Left]:
     """Puts the arrays of `saved`, which a checkpoint gave back, into `module`.
 
     Reading and writing is Orbax's; this makes sure that what was read is a checkpoint of
@@ -76,15 +80,23 @@ def restore(module: T, saved: PyTree) -> T:
     Args:
         module: A `TrainState` or any other module, also an abstract one from
             `nnx.eval_shape`.
-        saved: What Orbax read of `nnx.state(module)` or of its `nnx.to_pure_dict`, or an
-            `nnx.State`.
+        saved: What Orbax read of `nnx.state(module)` or of its `nnx.to_pure_dict`, an
+            `nnx.State`, or the bytes of `flax.serialization.to_bytes` of the latter.
+        strict: False to restore what fits, as for a model with another head.
 
     Returns:
-        `module`, which is updated in place and keeps its dtypes and shardings.
+        `module`, which is updated in place and keeps its dtypes and shardings; an
+        `nnx.BatchStat` is widened to float32 where it holds less, in which running
+        averages stall. With `strict=False`, `(module, left)`: `left.kept` names the
+        leaves of `module` that stayed as they were, `left.unused` those of `saved`
+        without use.
 
     Raises:
+        TypeError: saved is no tree.
         ValueError: A leaf is missing, is one too many, or has another shape; the message
-            names it, and both shapes. The module is untouched then.
+            names it, and both shapes. Or its values do not fit the dtype of the module:
+            a float too large, a fraction for an integer, a complex number for a real one.
+            The module is untouched then.
 
     Example:
         >>> import jaxbn.nnx
@@ -97,9 +109,18 @@ def restore(module: T, saved: PyTree) -> T:
         checkpoint and (2,) in the model; ...
     """
     state = nnx.state(module)
+    saved = read(saved)
     if isinstance(saved, nnx.State):
         saved = nnx.to_pure_dict(saved)
-    filled = fill(nnx.to_pure_dict(state), saved)
+    statistics = {
+        path for path, leaf in nnx.to_flat_state(state) if isinstance(leaf, nnx.BatchStat)
+    }
+    filled, left = fill(
+        nnx.to_pure_dict(state),
+        saved,
+        strict=strict,
+        is_statistic=statistics.__contains__,
+    )
     nnx.replace_by_pure_dict(state, filled)
     nnx.update(module, state)
-    return module
+    return module if strict else (module, left)
