@@ -216,6 +216,10 @@ MISTAKES = {
     "too_many": (
         lambda: BN.apply(PARAMS, STATE, X, True, X), TypeError, "got 5 by position", "by name: weights",
     ),
+    "too_many_for_ghosts": (
+        lambda: jaxbn.GhostBatchNorm(BN, 2).apply(PARAMS, STATE, X, True, X), TypeError,
+        "got 5 by position", "by name: weights",
+    ),
     "no_mode": (lambda: BN.apply(PARAMS, STATE, X), TypeError, "training, got none", "training=True"),
     "no_size": (lambda: BN.init(), TypeError, "num_features, got none", r"x\.shape\[-1\]"),
     "reduced_axes": (lambda: jaxbn.moments(X, (0,)), TypeError, r"2 by position: \.\.\., \(0,\)", "feature_axes"),

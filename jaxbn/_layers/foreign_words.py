@@ -160,7 +160,8 @@ def answer_to(
         owner = type(given[0]).__name__
         name = owner if name == "__init__" else f"{owner}.{name}"
         parameters, given = parameters[1:], given[1:]
-    known = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+    collects = parameters[0].VAR_KEYWORD, parameters[0].VAR_POSITIONAL
+    known = [each.name for each in parameters if each.kind not in collects]
     if len(known) < len(parameters):
         # What it hands on are the words of `apply` or `init`.
         known += _OF_APPLY if "x" in known else _OF_INIT
@@ -169,9 +170,9 @@ def answer_to(
     found = _UNKNOWN.search(str(error))
     if found and found[1] in named and found[1] not in known:
         return _unknown_word(name, found[1], named[found[1]], known)
+    if len(given) > len(ordered) and "positional argument" in str(error):
+        return _too_many(name, given, ordered, known)
     if str(error).startswith(f"{function.__qualname__}()"):
-        if len(given) > len(ordered):
-            return _too_many(name, given, ordered, known)
         needed = [each.name for each in parameters if each.default is each.empty]
         lacking = [
             each

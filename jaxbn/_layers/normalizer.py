@@ -177,7 +177,8 @@ def apply_normalizer(
             check_axis(layer.axis_name, layer.axis_index_groups)
         if layer.ghost_batches is not None:
             layer.ghost_batches.check(x.shape, axes)
-    weights = prepare_weights(weights, x, axes)
+    if weights is not None:
+        weights = prepare_weights(weights, x, axes)
     if mode is False:
         adjustment, options = None, {}
     try:
