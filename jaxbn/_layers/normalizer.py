@@ -113,7 +113,7 @@ class Normalizer(Protocol[Params, State]):
 
     if not TYPE_CHECKING:
 
-        def __call__(self, *_, **__):
+        def __call__(self, *_: Any, **__: Any) -> Any:
             raise TypeError(not_a_function(type(self).__name__))
 
     def track(self, state: State, batch: Moments, *_: Any, **options: Any) -> State:
