@@ -1,5 +1,6 @@
 """Every difference between versions of JAX and XLA that the package has to know about."""
 
+import contextlib
 from typing import Any, TypeVar
 
 import jax
@@ -25,12 +26,10 @@ def exported(kind: Kind) -> Kind:
     # A notebook may define a kind again; the first one keeps the name.
     times = _exported.count(name)
     _exported.append(name)
-    try:
+    with contextlib.suppress(ValueError):  # its author has done so
         export.register_namedtuple_serialization(
             kind, serialized_name=f"{name}~{times}" if times else name
         )
-    except ValueError:
-        pass  # its author has done so
     return kind
 
 
