@@ -8,8 +8,8 @@ from jax import lax
 
 from jaxbn._dtypes import as_float
 from jaxbn._layers.checks import split_mode
-from jaxbn._typing import Array, ArrayLike, Key
 from jaxbn._sharding import broadcast_like, split_like
+from jaxbn._typing import Array, ArrayLike, Key
 
 SCALED_AT = ("training", "inference")
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxbn._axes import as_axes, expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_dtype, as_float, real_part, upcast, widest
 from jaxbn._kernels.affine_map import affine_map, inverse_deviation
-from jaxbn._typing import Array, ArrayLike, Axes, DTypeLike
 from jaxbn._sharding import split_like
+from jaxbn._typing import Array, ArrayLike, Axes, DTypeLike
 
 
 def normalize(
