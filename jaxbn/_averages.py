@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._compat import is_traced
+from jaxbn._compat import exported, is_traced
 from jaxbn._dtypes import upcast
 from jaxbn._typing import Array, PyTree
 
 
+@exported
 class EmaState(NamedTuple):
     """A running average.
 
@@ -147,6 +148,7 @@ class Ema:
         )
 
 
+@exported
 class AverageState(NamedTuple):
     """A running average of the params and the statistics of a model.
 

@@ -1,10 +1,11 @@
 """Every difference between versions of JAX and XLA that the package has to know about."""
 
-from typing import Any
+import contextlib
+from typing import Any, TypeVar
 
 import jax
 import jax.experimental
-from jax import lax
+from jax import export, lax
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching
@@ -14,6 +15,24 @@ from jax.interpreters import mlir as mlir
 TILES_OF_BFLOAT16 = jax.__version_info__ >= (0, 11)
 
 
+Kind = TypeVar("Kind", bound=type)
+_exported: list[str] = []
+
+
+def exported(kind: Kind) -> Kind:
+    """Lets programs that `jax.export` serializes take and return a NamedTuple of `kind`."""
+    # By the name that its users write, which no move of the file changes.
+    name = f"{kind.__module__.partition('._')[0]}.{kind.__qualname__}"
+    # A notebook may define a kind again; the first one keeps the name.
+    times = _exported.count(name)
+    _exported.append(name)
+    with contextlib.suppress(ValueError):  # its author has done so
+        export.register_namedtuple_serialization(
+            kind, serialized_name=f"{name}~{times}" if times else name
+        )
+    return kind
+
+
 def is_traced(value: object) -> bool:
     """Tells whether the values of an array are unknown because it is being traced."""
     return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
@@ -21,7 +40,11 @@ def is_traced(value: object) -> bool:
 
 def varying_axes(x: Any) -> frozenset[str]:
     """Returns the manual axes over which an array, or its type, differs between devices."""
-    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    return varying_axes_of(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x))
+
+
+def varying_axes_of(kind: Any) -> frozenset[str]:
+    """Returns those of an array of the type `kind`."""
     # JAX moved the attribute in 0.10.
     tracked = getattr(kind, "manual_axis_type", None)
     axes = getattr(kind, "vma", None) if tracked is None else tracked.varying

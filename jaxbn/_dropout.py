@@ -8,6 +8,7 @@ from jax import lax
 
 from jaxbn._dtypes import as_float
 from jaxbn._layers.checks import split_mode
+from jaxbn._sharding import broadcast_like, split_like
 from jaxbn._typing import Array, ArrayLike, Key
 
 SCALED_AT = ("training", "inference")
@@ -84,8 +85,9 @@ def dropout(
 
     def drop() -> Array:
         shape = [1 if axis in together else size for axis, size in enumerate(x.shape)]
-        mask = jax.random.bernoulli(key, kept, shape)
-        y = jnp.where(mask, x, jnp.zeros_like(x))
+        mask = split_like(x, jax.random.bernoulli(key, kept, shape))
+        nothing = jnp.zeros((1,) * x.ndim, x.dtype)
+        y = lax.select(*(broadcast_like(a, x) for a in (mask, x, nothing)))
         return y * scale if scaled_at == "training" else y
 
     def keep() -> Array:

@@ -1,22 +1,22 @@
 """Where values live on a mesh, as far as their types tell: varying axes and shardings."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._compat import cast_to_varying, varying_axes
+from jaxbn._compat import cast_to_varying, is_traced, varying_axes, varying_axes_of
 from jaxbn._typing import Array
+
+Tree = TypeVar("Tree")
 
 
 def vary_over(x: Array, axes: frozenset[str]) -> Array:
     """Returns `x` typed as varying over `axes` too; the transpose is one sum over them."""
     missing = tuple(axes - varying_axes(x))
     return cast_to_varying(x, missing) if missing else x
-
-
-Tree = TypeVar("Tree")
 
 
 def vary_together(tree: Tree) -> Tree:
@@ -40,12 +40,50 @@ def reshard_like(x: Array, other: Array) -> Array:
     must be made to. An array from before the mesh has no sharding: it agrees with one that
     is the same on all devices.
     """
-    have, wanted = jax.typeof(x).sharding, jax.typeof(other).sharding
-    if have == wanted or not explicit_axes(other) | explicit_axes(x):
+    return _resharded(x, jax.typeof(other).sharding)
+
+
+def _resharded(x: Array, wanted: Any) -> Array:
+    have = jax.typeof(x).sharding
+    if have == wanted or not (any(have.spec) or any(wanted.spec)):
         return x
+    if have.mesh.empty and jax.sharding.get_abstract_mesh().empty and not is_traced(x):
+        return x  # JAX can move it inside `jax.set_mesh` or `jax.jit` only
     if wanted.mesh.empty:
         wanted = have.update(spec=(None,) * x.ndim)
     return jax.sharding.reshard(x, wanted)
+
+
+def split_like(x: Array, tree: Tree, axes: tuple[int, ...] = ()) -> Tree:
+    """Returns arrays split over devices as `x` is, along each axis that they share with it.
+
+    They are of x's rank, and broadcast to it, or have its axes without `axes`; whatever
+    has neither, such as a scalar, stays as it is. Where x came before the mesh, they become
+    the same on all devices.
+    """
+    wanted = jax.typeof(x).sharding
+    every = tuple(range(x.ndim))
+    features = tuple(axis for axis in every if axis not in axes)
+
+    def split(array: Array) -> Array:
+        mine = every if array.ndim == x.ndim else features
+        if array.ndim != len(mine):
+            return array
+        pairs = zip(array.shape, mine, strict=True)
+        spec = (None if size == 1 else wanted.spec[axis] for size, axis in pairs)
+        return _resharded(array, wanted.update(spec=tuple(spec)))
+
+    return jax.tree.map(split, tree)
+
+
+def split_like_any(leaves: Any, tree: Tree) -> Tree:
+    """Returns arrays split over devices as the first of `leaves` of their shape is."""
+
+    def split(array: Array) -> Array:
+        alike = (a for a in jax.tree.leaves(leaves) if a.shape == array.shape)
+        return reshard_like(array, next(alike, array))
+
+    return jax.tree.map(split, tree)
 
 
 def where_alike(condition: Array | None, new: Array, old: Any) -> Array:
@@ -63,16 +101,16 @@ def where_alike(condition: Array | None, new: Array, old: Any) -> Array:
     return jnp.where(condition, new, old)
 
 
-def zeros_of_types(kinds: Tree) -> Tree:
-    """Returns zeros of given types: shapes, dtypes, varying axes and shardings."""
+def zeros_like_result(function: Callable[[], Tree]) -> Tree:
+    """Returns zeros of the types that `function()` has, varying axes and shardings too."""
 
     def zeros(kind: Any) -> Array:
-        array = vary_alike(jnp.zeros(kind.shape, kind.dtype), kind)
-        sharding = getattr(kind, "sharding", None)
-        if sharding is None or all(entry is None for entry in sharding.spec):
-            return array
-        return jax.sharding.reshard(array, sharding)
+        array = vary_over(jnp.zeros(kind.shape, kind.dtype), varying_axes_of(kind))
+        return _resharded(array, kind.sharding)
 
+    # `jax.eval_shape` leaves shardings out where some axes of the mesh are not explicit.
+    traced, structure = jax.make_jaxpr(function, return_shape=True)()
+    kinds = jax.tree.unflatten(jax.tree.structure(structure), traced.out_avals)
     return jax.tree.map(zeros, kinds)
 
 

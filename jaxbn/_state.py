@@ -5,9 +5,11 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 
+from jaxbn._compat import exported
 from jaxbn._typing import Array, DTypeLike, Initializer, Key, Pair, Shape
 
 
+@exported
 class BatchNormParams(NamedTuple):
     """The trained scale and bias, each of the shape of the features.
 
@@ -71,7 +73,8 @@ def register_stats(kind: Stats) -> Stats:
 
     Args:
         kind: A NamedTuple of arrays with fields `mean` and `var` and the methods of
-            `RunningStats`. Flax modules recognise it by the names of its fields.
+            `RunningStats`. Flax modules recognise it by the names of its fields, and
+            programs serialized by `jax.export` by its own.
 
     Returns:
         `kind`, so that this is a decorator.
@@ -108,7 +111,7 @@ def register_stats(kind: Stats) -> Stats:
                 f"{kind!r} lacks {name}. Write: {line}"
             )
     # Most fields first, so that a kind is never mistaken for one that holds a part of it.
-    _kinds.append(kind)
+    _kinds.append(exported(kind))
     _kinds.sort(key=lambda known: len(known._field_defaults) - len(known._fields))
     return kind
 

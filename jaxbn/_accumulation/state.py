@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbn._compat import exported
 from jaxbn._state import is_stats
 from jaxbn._statistics.moments import Moments
 from jaxbn._typing import PyTree
 
 
+@exported
 class Gathered(NamedTuple):
     """The state of a norm while it gathers the moments of several batches.
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._compat import is_traced
+from jaxbn._compat import exported, is_traced
 from jaxbn._dtypes import real_part, widest
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.normalizer import Normalizer
@@ -15,6 +15,7 @@ from jaxbn._typing import Array
 _DEFAULT = BatchNorm()
 
 
+@exported
 class Affine(NamedTuple):
     """What a norm is in inference: y = scale x + bias, for each feature.
 

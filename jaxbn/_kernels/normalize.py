@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxbn._axes import as_axes, expand, feature_shape, reduction_axes
 from jaxbn._dtypes import as_dtype, as_float, real_part, upcast, widest
 from jaxbn._kernels.affine_map import affine_map, inverse_deviation
+from jaxbn._sharding import split_like
 from jaxbn._typing import Array, ArrayLike, Axes, DTypeLike
 
 
@@ -90,6 +91,8 @@ def normalize_aligned(
     dtype: DTypeLike | None,
 ) -> Array:
     """Returns `normalize` of checked arrays, each of x's rank and broadcast to x."""
+    # Vectors of a model may be split over devices as x is not.
+    mean, var, scale, bias = split_like(x, (mean, var, scale, bias))
     assert mean is not None
     assert var is not None
     given = [array for array in (mean, scale, bias) if array is not None]

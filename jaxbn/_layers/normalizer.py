@@ -15,6 +15,7 @@ from jaxbn._layers.foreign_words import not_a_function
 from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._layers.loop_shape import loop_shape_of
 from jaxbn._layers.rule import Given, Plan, normalized, whole_batch
+from jaxbn._sharding import split_like, split_like_any
 from jaxbn._statistics.moments import Moments
 from jaxbn._statistics.named_axes import check_axis
 from jaxbn._statistics.weights import prepare_weights
@@ -207,6 +208,13 @@ def _apply(
         other = ghosts is not None or axes[-1] == x.ndim - 1
         shape = loop_shape_of(x, axes, ghosts) if other else None
         given = Given(layer.running(state), layer.scale_and_bias(params), adjustment)
+        frozen = lax.stop_gradient((state, options))
+        # Only on meshes of explicit axes do types tell how arrays are split over devices.
+        leaves = jax.tree.leaves((params, state, x, weights, residual, adjustment, options))
+        explicit = any(any(jax.typeof(leaf).sharding.spec) for leaf in leaves)
+        if explicit:
+            everything = given, weights, residual, frozen
+            given, weights, residual, frozen = split_like(x, everything, axes)
         plan, captured = _plan(layer, training, axes, shape, x, weights, given)
         seen = x if weights is None else hide_unweighted(x, weights)
         if shape is None:
@@ -214,7 +222,6 @@ def _apply(
         else:
             everything = seen, weights, residual, given
             seen, weights, residual, given = jax.tree.map(shape.of, everything)
-        frozen = lax.stop_gradient((state, options))
         y, batch = normalized(plan, seen, weights, residual, captured, given, flag, frozen)
         y = y if shape is None else shape.back(y, x)
         if layer.activation is not None and plan.activation is None:
@@ -224,7 +231,10 @@ def _apply(
         # The state carries no gradient: differentiating a loss through two steps would
         # otherwise differentiate the first batch's statistics again.
         state, batch, options = lax.stop_gradient((state, batch, options))
-        after = layer.track(state, whole_batch(plan, batch), **options)
+        batch = whole_batch(plan, batch)
+        if explicit:
+            batch = split_like_any(state, batch)
+        after = layer.track(state, batch, **options)
         if flag is not None:
             after = jax.tree.map(lambda new, old: jnp.where(flag, new, old), after, state)
         return y, after

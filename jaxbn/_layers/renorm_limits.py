@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxbn._compat import is_traced
+from jaxbn._compat import exported, is_traced
 from jaxbn._typing import Array
 
 
+@exported
 class RenormLimits(NamedTuple):
     """How far the correction of batch renormalization may go; each may be traced.
 

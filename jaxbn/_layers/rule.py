@@ -18,7 +18,7 @@ from jaxbn._kernels.affine_map import affine_map, affine_map_tangent
 from jaxbn._kernels.operation import computed_apart
 from jaxbn._kernels.reduction import ExactMoments, exact_moments, moments_tangent
 from jaxbn._layers.ghost_batches import GhostBatches
-from jaxbn._sharding import where_alike, zeros_of_types
+from jaxbn._sharding import where_alike, zeros_like_result
 from jaxbn._statistics.sync import sum_over_devices, sync_exact
 from jaxbn._typing import Activation, Array, DTypeLike, Pair
 
@@ -107,7 +107,7 @@ def _reduced(plan: Plan, x: Array, weights: Array | None, flag: Any) -> ExactMom
 
     if flag is None:
         return reduce()
-    return lax.cond(flag, reduce, lambda: zeros_of_types(jax.eval_shape(reduce)))
+    return lax.cond(flag, reduce, lambda: zeros_like_result(reduce))
 
 
 def _moments_moving(plan, x, weights, batch, moving):

@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._axes import as_axes, reduction_axes
+from jaxbn._compat import exported
 from jaxbn._dtypes import as_float
 from jaxbn._kernels.accelerator import divisor
 from jaxbn._kernels.compensated import two_sum
 from jaxbn._kernels.reduction import ExactMoments, exact_moments, hide_unweighted
+from jaxbn._sharding import reshard_like, split_like
 from jaxbn._statistics.weights import prepare_weights
 from jaxbn._typing import Array, ArrayLike, Axes
 
 
+@exported
 class Moments(NamedTuple):
     """The moments of a batch, each of the shape of the features.
 
@@ -86,6 +89,7 @@ def moments(
 @functools.partial(jax.jit, static_argnums=2)
 def batch_moments(x: Array, weights: Array | None, axes: tuple[int, ...]) -> Moments:
     """Returns the moments of `x` over `axes`, given prepared weights."""
+    weights = split_like(x, weights)
     x = x if weights is None else hide_unweighted(x, weights)
     batch = exact_moments(x, weights, axes)
     return Moments(*(jnp.squeeze(array, axes) for array in batch[:3]))
@@ -158,6 +162,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
             f"cannot merge moments of features {jnp.shape(a.mean)} with moments of "
             f"features {jnp.shape(b.mean)}. Take both from inputs with the same features."
         )
+    b = Moments(
+        *(reshard_like(jnp.asarray(new), old) for new, old in zip(b, a, strict=True))
+    )
     count = a.count + b.count
     part = b.count / divisor(count)
     apart = b.mean - a.mean

@@ -9,8 +9,9 @@ import numpy as np
 from jaxbn._compat import is_traced
 from jaxbn._state import RunningStats, is_stats
 from jaxbn._statistics.moments import Moments
-from jaxbn._statistics.sync import sync_moments
-from jaxbn._typing import Array, AxisGroups, AxisName, PyTree
+from jaxbn._statistics.named_axes import as_groups, check_axis
+from jaxbn._statistics.sync import sum_over_devices, sync_moments
+from jaxbn._typing import Array, AxisGroups, AxisName, Pair, PyTree
 
 State = TypeVar("State", bound=RunningStats)
 
@@ -39,7 +40,8 @@ def sync_state(
         axis_index_groups: Groups of devices that pool among themselves; None for all.
 
     Returns:
-        A state like `state`; `state` itself where all weights are 0.
+        A state like `state`, which may leave a `shard_map` as replicated. Where all weights
+        are 0, all replicas count alike.
 
     Raises:
         NameError: There is no such axis here.
@@ -63,14 +65,17 @@ def sync_state(
             "Map it over the layers of a model: jax.tree.map(..., is_leaf=...). Statistics "
             "of your own are made known by jaxbn.register_stats."
         )
+    groups = as_groups(axis_name, axis_index_groups)
+    check_axis(axis_name, groups)
     count = _as_count(weight, state.var)
+    (total,) = sum_over_devices((count,), axis_name, groups)
+    # Not the state of each device, by which replicas would stay apart: a checked shard_map
+    # lets out what is a sum over devices, and nothing else.
+    count = jnp.where(total > 0, count, jnp.ones_like(count))
 
-    def pool(mean: Array, var: Array) -> tuple[Array, Array]:
-        pooled = sync_moments(
-            Moments(mean, var, count), axis_name, axis_index_groups=axis_index_groups
-        )
-        some = pooled.count > 0
-        return jnp.where(some, pooled.mean, mean), jnp.where(some, pooled.var, var)
+    def pool(mean: Array, var: Array) -> Pair:
+        moments = Moments(mean, var, count)
+        return sync_moments(moments, axis_name, axis_index_groups=groups)[:2]
 
     return state.pooled(pool)
 

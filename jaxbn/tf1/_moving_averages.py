@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._averages import Ema, EmaState
+from jaxbn._compat import exported
 from jaxbn._dtypes import at_least_float32
 from jaxbn._typing import Array, PyTree
 from jaxbn.tf1._arguments import check_decay
@@ -14,6 +15,7 @@ from jaxbn.tf1._arguments import check_decay
 _EMA = Ema(0.0)  # its decay is given at each update, where it may be traced
 
 
+@exported
 class MovingAverage(NamedTuple):
     """What TensorFlow kept of a moving average.
 

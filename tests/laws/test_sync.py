@@ -346,6 +346,24 @@ def test_replicas_that_tracked_alone_pool_into_one_state():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), first, want)
 
 
+@pytest.mark.parametrize("weighted", [0.0, 1.0])
+@pytest.mark.parametrize("layer", [jaxbn.BatchNorm(momentum=None), jaxbn.BatchRenorm()])
+def test_a_pooled_state_leaves_a_checked_shard_map(layer, weighted):
+    params, state = layer.init(3)
+    x = draw("full", (3,))[0].reshape(-1, 3)
+
+    def epoch(x):
+        _, after = layer.apply(params, state, x, True)
+        return jaxbn.sync_state(after, "d", weight=weighted * x.shape[0])
+
+    # Without any weight, all replicas count alike: then it is as with equal weights.
+    got, want = by_mesh(epoch, P())(x), by_mesh(epoch, P(), check_vma=False)(x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)
+    alone = jax.vmap(lambda x: layer.apply(params, state, x, True)[1])
+    means = alone(x.reshape(DEVICES, -1, 3)).mean
+    np.testing.assert_allclose(got.mean, means.mean(0), rtol=1e-5, atol=1e-6)
+
+
 def test_replicas_of_batch_renormalization_pool_their_deviations():
     layer = jaxbn.BatchRenorm(jaxbn.BatchNorm(momentum=0.0), momentum=0.0)
     params, state = layer.init(3)
