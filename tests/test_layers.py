@@ -10,6 +10,7 @@ import jaxbn
 # Lowest first. An entry of the folder jaxbn imports from earlier lines only.
 ORDER = """
     _typing _compat _norm_names
+    _values _journeys
     _axes _dtypes _state _sharding
     _kernels _averages _param_roles
     _statistics optim

@@ -10,7 +10,8 @@ from jax import lax
 from jaxbn._accumulation.state import Gathered
 from jaxbn._layers.checks import split_mode
 from jaxbn._layers.ghost_batches import GhostBatches
-from jaxbn._layers.normalizer import Normalizer, Params, State, require
+from jaxbn._layers.normalizer import Normalizer, Params, State
+from jaxbn._layers.required import require
 from jaxbn._layers.wrapper import Wrapper
 from jaxbn._sharding import reshard_like
 from jaxbn._statistics.moments import Moments, merge_moments, moments
@@ -22,7 +23,7 @@ NOT_TRACKED = {"weights", "residual", "adjustment"}
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Gather(Wrapper[Params, State]):
     """A norm that can gather: with a state from `gather`, it pools before it tracks.
 
@@ -130,7 +131,7 @@ class Gather(Wrapper[Params, State]):
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Pooling(Wrapper[Any, Any]):
     """A normalizer that pools the moments of a batch with earlier ones before it tracks."""
 

@@ -10,6 +10,7 @@ from jax.nn import initializers
 
 from jaxbn._axes import as_axes, feature_sizes
 from jaxbn._dtypes import as_dtype, at_least_float32, real_part
+from jaxbn._journeys import Value
 from jaxbn._kernels.affine_map import inverse_deviation
 from jaxbn._kernels.normalize import check_epsilon
 from jaxbn._layers.normalizer import Normalizer, apply_normalizer
@@ -28,11 +29,12 @@ from jaxbn._typing import (
     Key,
     PairLike,
 )
+from jaxbn._values import as_flag, as_number
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class BatchNorm(Value, Normalizer[BatchNormParams, BatchStats]):
     r"""Batch normalization.
 
     .. math::
@@ -100,19 +102,23 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
 
     def __post_init__(self) -> None:
         # Canonical spellings, so that equal settings compare and hash as equal.
-        object.__setattr__(self, "feature_axes", as_axes(self.feature_axes))
-        object.__setattr__(self, "dtype", as_dtype(self.dtype))
-        object.__setattr__(self, "param_dtype", as_dtype(self.param_dtype))
-        if isinstance(self.momentum, jax.Array):
-            raise TypeError(
-                "BatchNorm.momentum must be a Python number, got an array. Pass a momentum "
-                "that changes from step to step to apply(..., momentum=...)."
-            )
+        if self.momentum is not None:
+            remedy = "Write 0.99 or the like; a schedule goes to apply(..., momentum=...)."
+            momentum = as_number("BatchNorm.momentum", self.momentum, remedy)
+            object.__setattr__(self, "momentum", momentum)
         check_momentum(self.momentum)
-        check_epsilon(self.epsilon)
-        check_ddof(self.ddof)
-        groups = as_groups(self.axis_name, self.axis_index_groups)
-        object.__setattr__(self, "axis_index_groups", groups)
+        settled = {
+            "feature_axes": as_axes(self.feature_axes),
+            "epsilon": check_epsilon(self.epsilon),
+            "ddof": check_ddof(self.ddof),
+            "axis_index_groups": as_groups(self.axis_name, self.axis_index_groups),
+            "dtype": as_dtype(self.dtype),
+            "param_dtype": as_dtype(self.param_dtype),
+        }
+        for name in ("use_scale", "use_bias", "debias"):
+            settled[name] = as_flag(f"BatchNorm.{name}", getattr(self, name))
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
         if self.activation is not None and not callable(self.activation):
             raise TypeError(
                 f"activation must be a function of an array, got {self.activation!r}. Pass "
@@ -245,7 +251,7 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
         self, state: BatchStats, x: Array, tracks: bool, *, momentum: Any = None
     ) -> None:
         """Raises if x is complex and the state real, or for a momentum out of range."""
-        if tracks:
+        if tracks and jnp.iscomplexobj(x):
             check_real(state, x.dtype)
         if momentum is not None:
             check_momentum(momentum)

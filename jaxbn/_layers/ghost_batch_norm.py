@@ -6,15 +6,17 @@ from typing import Any, Literal
 import jax
 
 from jaxbn._layers.ghost_batches import GhostBatches
-from jaxbn._layers.normalizer import Normalizer, Params, State, require
+from jaxbn._layers.normalizer import Normalizer, Params, State
+from jaxbn._layers.required import require
 from jaxbn._layers.wrapper import Wrapper
+from jaxbn._values import as_whole
 
 LAYOUTS = ("contiguous", "strided")
 TRACKINGS = ("pooled", "averaged")
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GhostBatchNorm(Wrapper[Params, State]):
     """Normalization by the statistics of ghost batches, parts of the batch.
 
@@ -68,11 +70,8 @@ class GhostBatchNorm(Wrapper[Params, State]):
         require(
             "GhostBatchNorm", self.inner, "standardize", "track", "correction", "running"
         )
-        size = self.virtual_batch_size
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(
-                f"virtual_batch_size must be an int, got {size!r}. Use e.g. 32."
-            )
+        size = as_whole("virtual_batch_size", self.virtual_batch_size, "Use e.g. 32.")
+        object.__setattr__(self, "virtual_batch_size", size)
         if size < 1:
             raise ValueError(
                 f"virtual_batch_size must be positive, got {size}. Use e.g. 32."

@@ -2,14 +2,15 @@
 
 import functools
 import inspect
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._axes import expand, feature_shape, reduction_axes
-from jaxbn._dtypes import as_float, upcast, widest
+from jaxbn._dtypes import as_float, refuse_half, upcast, widest
+from jaxbn._journeys import copied, reduced
 from jaxbn._kernels.reduction import hide_unweighted
 from jaxbn._layers import checks
 from jaxbn._layers.ghost_batches import GhostBatches
@@ -87,6 +88,9 @@ class Normalizer(Protocol[Params, State]):
     dtype: DTypeLike | None = None
     ghost_batches: GhostBatches | None = None
 
+    if not TYPE_CHECKING:  # no part of the protocol: how one of your own is pickled
+        __reduce__, __copy__ = reduced, copied
+
     # To a type checker, `*_: Any, **options: Any` are `...`: a subclass names its keywords.
 
     def init(
@@ -136,25 +140,15 @@ class Normalizer(Protocol[Params, State]):
         """Raises if the arguments of `apply` do not fit; nothing by default."""
 
 
-def require(user: str, normalizer: Any, *names: str) -> None:
-    """Raises unless `normalizer` answers the methods `names`, which `user` needs."""
-    for name in names:
-        if not callable(getattr(normalizer, name, None)):
-            raise TypeError(
-                f"{user} asks a normalizer for {name}, which {type(normalizer).__name__} "
-                f"does not answer. Wrap the layer itself, or write the method "
-                f"`{_signature(name)}`, for which jaxbn.Normalizer may have a default."
-            )
-
-
 def _unanswered(normalizer: Any, name: str) -> TypeError:
     return TypeError(
         f"{type(normalizer).__name__} does not answer {name}, which this needs. Write the "
-        f"method `{_signature(name)}`."
+        f"method `{signature_of(name)}`."
     )
 
 
-def _signature(name: str) -> str:
+def signature_of(name: str) -> str:
+    """Returns the line that begins a method of a normalizer."""
     whole = inspect.signature(getattr(Normalizer, name))
     shown = [p for p in whole.parameters.values() if p.kind is not p.VAR_POSITIONAL]
     return f"def {name}{whole.replace(parameters=shown)}"
@@ -184,6 +178,7 @@ def apply_normalizer(
     mode, flag = checks.split_mode(training)
     layer.check(state, x, mode is not False, **options)
     if mode is not False:
+        refuse_half(state, "state")
         if layer.axis_name is not None:
             check_axis(layer.axis_name, layer.axis_index_groups)
         if layer.ghost_batches is not None:

@@ -4,10 +4,11 @@ import functools
 import operator
 from typing import Any
 
+from jaxbn._journeys import Value
 from jaxbn._layers.normalizer import Normalizer, Params, State
 
 
-class Wrapper(Normalizer[Params, State]):
+class Wrapper(Value, Normalizer[Params, State]):
     """A normalizer around `wrapped`, which answers all that a subclass does not change."""
 
     @property
