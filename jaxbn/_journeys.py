@@ -102,7 +102,9 @@ def name_of(function: Any) -> str | None:
             found = getattr(found, part, None)
         if found is function:
             return f"{module}:{name}"
-    return None
+    # A jitted function has the name of what was jitted.
+    others = vars(sys.modules.get(own, object)).items()
+    return next((f"{own}:{name}" for name, found in others if found is function), None)
 
 
 def _word(value: Any) -> str:

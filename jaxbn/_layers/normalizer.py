@@ -141,10 +141,8 @@ class Normalizer(Protocol[Params, State]):
 
 
 def _unanswered(normalizer: Any, name: str) -> TypeError:
-    return TypeError(
-        f"{type(normalizer).__name__} does not answer {name}, which this needs. Write the "
-        f"method `{signature_of(name)}`."
-    )
+    kind, line = type(normalizer).__name__, signature_of(name)
+    return TypeError(f"{kind} does not answer {name}, which this needs. Write `{line}`.")
 
 
 def signature_of(name: str) -> str:
