@@ -61,6 +61,7 @@ def dropout(
                 "that is kept; the share that is dropped is the rate."
             )
         rate = 1 - kept
+    assert rate is not None
     return core_dropout(key, x, rate, True, broadcast_axes=_shared(noise_shape, x.shape))
 
 
