@@ -14,7 +14,6 @@ from jaxbn._accumulation.gather import Gather
 from jaxbn._accumulation.reestimate import reestimate
 from jaxbn._accumulation.state import Gathered, gather, track_gathered
 from jaxbn._averages import Ema, EmaState
-from jaxbn._dropout import dropout
 from jaxbn._fold.affine import Affine, as_affine
 from jaxbn._fold.check import check_fold
 from jaxbn._fold.kernels import fold, fold_into_next
@@ -24,6 +23,7 @@ from jaxbn._kernels.normalize import normalize
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._layers.checks import in_our_words as _in_our_words
+from jaxbn._layers.dropout import dropout
 from jaxbn._layers.functions import apply, init
 from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
 from jaxbn._layers.normalizer import Normalizer

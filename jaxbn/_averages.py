@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._compat import exported, is_traced
-from jaxbn._dtypes import upcast
+from jaxbn._compat import exported
+from jaxbn._dtypes import refuse_half, upcast
 from jaxbn._typing import Array, PyTree
+from jaxbn._values.canonical import as_flag, as_number, as_settled, known
+from jaxbn._values.journeys import Value
 
 
 @exported
@@ -32,8 +34,8 @@ class EmaState(NamedTuple):
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Ema:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Ema(Value):
     r"""An exponential moving average of every floating leaf of a pytree.
 
     .. math::
@@ -71,12 +73,11 @@ class Ema:
     debias: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.decay, (int, float)) or isinstance(self.decay, bool):
-            raise TypeError(
-                f"decay must be a Python number, got {self.decay!r}. Pass one that changes "
-                "from step to step to update(..., decay=...)."
-            )
-        _check_decay(self.decay)
+        remedy = "Pass one that changes from step to step to update(..., decay=...)."
+        decay = as_number("decay", self.decay, remedy)
+        _check_decay(decay)
+        object.__setattr__(self, "decay", decay)
+        object.__setattr__(self, "debias", as_flag("debias", self.debias))
 
     def init(self, tree: PyTree) -> EmaState:
         """Returns the average before the first update: `tree` itself.
@@ -112,6 +113,7 @@ class Ema:
             An `EmaState` like `state`.
 
         Raises:
+            TypeError: An array of the average is below float32, in which it would stall.
             ValueError: decay lies outside [0, 1]; the trees differ.
         """
         if decay is not None:
@@ -121,6 +123,7 @@ class Ema:
                 f"the tree has the structure {jax.tree.structure(tree)} but the average "
                 f"{jax.tree.structure(state.average)}. Average one tree per state."
             )
+        refuse_half(state, "state")
         rate = jnp.asarray(1 - (self.decay if decay is None else decay), jnp.float32)
         if num_updates is not None:
             n = jnp.asarray(num_updates).astype(jnp.float32)
@@ -167,8 +170,8 @@ class AverageState(NamedTuple):
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class ModelAverage:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ModelAverage(Value):
     r"""An average of params and statistics together: SWA, or EMA with a decay.
 
     .. math::
@@ -214,7 +217,8 @@ class ModelAverage:
     decay: float | None = None
 
     def __post_init__(self) -> None:
-        self._ema()
+        if self.decay is not None:
+            object.__setattr__(self, "decay", self._ema().decay)
 
     def init(self, params: PyTree, stats: PyTree) -> AverageState:
         """Returns the average of no model yet, with the structure of the pair."""
@@ -241,7 +245,8 @@ def _widened(leaf: Array) -> Array:
 
 
 def _check_decay(decay: float | Array) -> None:
-    if not is_traced(decay) and not 0 <= decay <= 1:
+    value = known(as_settled("decay", decay, "0.999 is usual."))
+    if value is not None and not 0 <= value <= 1:
         raise ValueError(
             f"decay must lie in [0, 1], got {decay}. The average spans about "
             "1 / (1 - decay) updates; 0.999 is usual."

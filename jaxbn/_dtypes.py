@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxbn._typing import Array, ArrayLike, DTypeLike
+from jaxbn._typing import Array, ArrayLike, DTypeLike, PyTree
 
 # Spellings of PyTorch and of configurations.
 _SHORT = {
@@ -50,6 +50,33 @@ def as_float(x: ArrayLike) -> Array:
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     """Returns the dtype in which sums over elements of `dtype` are accumulated."""
     return widest(dtype, jnp.float32)
+
+
+def refuse_half(tree: PyTree, name: str) -> None:
+    """Raises if an array of the average `tree`, called `name`, is below float32."""
+    if not any(_is_half(getattr(leaf, "dtype", None)) for leaf in jax.tree.leaves(tree)):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if _is_half(getattr(leaf, "dtype", None)):
+            name += jax.tree_util.keystr(path)
+            raise TypeError(
+                f"{name} is {leaf.dtype}, but an average is kept in float32 or wider: in "
+                f"{leaf.dtype} its steps are below its last digit, and it stalls. Cast it, "
+                f"and leave it out of what a policy casts: {name}.astype(jnp.float32)."
+            )
+
+
+@functools.cache
+def _is_half(dtype: jnp.dtype | None) -> bool:
+    inexact = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    return inexact and jnp.finfo(dtype).bits < 32
+
+
+def widened(tree: PyTree) -> PyTree:
+    """Returns the tree with its floating arrays in float32 or wider."""
+    return jax.tree.map(
+        lambda leaf: upcast(leaf) if _is_half(getattr(leaf, "dtype", None)) else leaf, tree
+    )
 
 
 @functools.cache

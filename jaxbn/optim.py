@@ -9,6 +9,7 @@ from jaxbn._averages import AverageState, ModelAverage
 from jaxbn._dtypes import upcast, widest
 from jaxbn._param_roles import map_roles
 from jaxbn._typing import Array, PyTree
+from jaxbn._values.canonical import as_number, as_settled, known
 
 if TYPE_CHECKING:
     import optax
@@ -130,7 +131,9 @@ def scale_penalty(params: PyTree, *, l1: float = 0.0, l2: float = 0.0) -> Array:
         Liu et al., "Learning Efficient Convolutional Networks through Network Slimming",
         2017.
     """
-    if l1 < 0 or l2 < 0:
+    weights = (as_settled(name, w, "0 for none.") for name, w in (("l1", l1), ("l2", l2)))
+    values = (value for value in map(known, weights) if value is not None)
+    if not all(value >= 0 for value in values):
         raise ValueError(
             f"l1 and l2 must not be negative, got {l1} and {l2}. The penalty is added to "
             "a loss that is minimized."
@@ -187,6 +190,7 @@ def clip_scale(
             "jaxbn.optim.clip_scale needs the package optax, which is not installed. Run "
             "pip install 'jaxbn[optax]'."
         ) from error
+    minimum, maximum = _as_limit("minimum", minimum), _as_limit("maximum", maximum)
     if minimum is not None and maximum is not None and not minimum <= maximum:
         raise ValueError(
             f"minimum must not exceed maximum, got {minimum} and {maximum}. Swap them."
@@ -208,3 +212,7 @@ def clip_scale(
         return map_roles(clip, params, updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _as_limit(name: str, limit: float | None) -> float | None:
+    return None if limit is None else as_number(name, limit, "Or pass None for no limit.")

@@ -49,7 +49,7 @@ MISTAKES = {
     "momentum_nan": (lambda: jaxbn.BatchNorm(momentum=np.nan), ValueError, "nan", "PyTorch"),
     "momentum_text": (lambda: jaxbn.BatchNorm(momentum="0.9"), TypeError, "'0.9'", "number"),
     "momentum_array": (
-        lambda: jaxbn.BatchNorm(momentum=jnp.array(0.9)), TypeError, "array", r"apply\(",
+        lambda: jaxbn.BatchNorm(momentum=jnp.array([0.9])), TypeError, "array", r"apply\(",
     ),
     "momentum_override": (lambda: apply(momentum=2.0), ValueError, "2.0", "PyTorch"),
     "momentum_vector": (lambda: apply(momentum=jnp.ones(3)), TypeError, "scalar", "schedule"),
@@ -148,8 +148,8 @@ MISTAKES = {
         "dict", r"RenormLimits\(",
     ),
     "renorm_traced_limit": (
-        lambda: jaxbn.BatchRenorm(limits=jaxbn.RenormLimits(r_max=jnp.array(2.0))), TypeError,
-        "array", r"apply\(",
+        lambda: jaxbn.BatchRenorm(limits=jaxbn.RenormLimits(r_max=jnp.ones(3))), TypeError,
+        "r_max.*array", "number",
     ),
     "renorm_schedule": (
         lambda: jaxbn.renorm_limits(0, start=10, r_steps=5), ValueError, "start=10", "durations",

@@ -10,11 +10,12 @@ import jaxbn
 # Lowest first. An entry of the folder jaxbn imports from earlier lines only.
 ORDER = """
     _typing _compat _norm_names
+    _values
     _axes _dtypes _state _sharding
     _kernels _averages _param_roles
     _statistics optim
     _layers
-    _accumulation _dropout _fold
+    _accumulation _fold
     __init__ _flax tf1
     linen nnx convert
     diagnose

@@ -25,7 +25,7 @@ NOT_TRACKED = {"weights", "residual", "adjustment"}
 
 @jax.tree_util.register_static
 @in_our_words
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Gather(Wrapper[Params, State]):
     """A norm that can gather: with a state from `gather`, it pools before it tracks.
 
@@ -139,7 +139,7 @@ class Gather(Wrapper[Params, State]):
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Pooling(Wrapper[Any, Any]):
     """A normalizer that pools the moments of a batch with earlier ones before it tracks."""
 

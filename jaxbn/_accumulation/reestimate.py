@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn._accumulation.pool import Pool
 from jaxbn._accumulation.state import Gathered, gather, is_state
@@ -83,7 +84,7 @@ def reestimate(
     Differs from PyTorch's `update_bn`, which averages the variances of the batches: it
     ignores their sizes and how far their means lie apart.
     """
-    check_ddof(ddof)
+    ddof = check_ddof(ddof)
     if passes < 1 or (passes > 1 and iter(batches) is batches):
         raise ValueError(
             f"passes={passes} needs batches that can be gone through as often, got "
@@ -112,12 +113,27 @@ def _one_pass(
         running = seen
     if running is not None:
         pool.add(running)
-    pooled = iter(pool.total().values())
+    total = pool.total()
+    _check_fit(states, total)
+    pooled = iter(total.values())
 
     def renewed(state: Any) -> Any:
         return _renewed(state, next(pooled), ddof) if is_state(state) else state
 
     return jax.tree.map(renewed, states, is_leaf=is_state)
+
+
+def _check_fit(states: PyTree, total: dict[str, Moments]) -> None:
+    """Raises if a state could not hold its new statistics as finite numbers."""
+    norms = filter(is_state, jax.tree.leaves(states, is_leaf=is_state))
+    for state, (name, batch) in zip(norms, total.items(), strict=True):
+        for old, new in ((state.mean, batch.mean), (state.var, batch.var)):
+            if not np.abs(new).max(initial=0) <= float(jnp.finfo(old.dtype).max):
+                raise ValueError(
+                    f"the statistics of {name} reach {np.abs(new).max():.3g}, more than "
+                    f"its {old.dtype} holds. No state was changed. Scale the input down, "
+                    "or keep the state in a wider dtype."
+                )
 
 
 def _moments_of(states: PyTree) -> dict[str, Moments]:

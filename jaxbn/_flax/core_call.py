@@ -142,7 +142,6 @@ def call_batch_norm(
         dtype=result_dtype(layer.dtype, x, *params, *together),
     )
     if not isinstance(state, Gathered):
-        # A running average in half precision stalls: its steps are below its last digit.
         wider = x.dtype if jnp.iscomplexobj(x) else None
         mean = state.mean.astype(stats_dtype(state.mean.dtype, wider))
         state = state._replace(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxbn._accumulation.state import Gathered
+from jaxbn._dtypes import widened
 from jaxbn._state import stats_of
 from jaxbn._statistics.moments import Moments
 from jaxbn._typing import PyTree
@@ -24,11 +25,15 @@ def is_gathering(has: Callable[[str], bool]) -> bool:
 
 
 def gathered_like(state: PyTree, more: Sequence[Any]) -> PyTree:
-    """Returns `state` as a `Gathered` with the leaves `more`, or as it is without any."""
+    """Returns `state`, as a `Gathered` with the leaves `more` if there are any, widened.
+
+    A running average in half precision stalls: its steps are below its last digit.
+    """
     if not more:
-        return state
+        return widened(state)
     like: Any = Gathered(state, state, Moments(0, 0, 0))  # pyright: ignore[reportArgumentType]
-    return jax.tree.unflatten(jax.tree.structure(like), [*jax.tree.leaves(state), *more])
+    every = [*jax.tree.leaves(state), *more]
+    return widened(jax.tree.unflatten(jax.tree.structure(like), every))
 
 
 def as_state(node: Mapping[str, Any]) -> Any | None:

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._compat import exported, is_traced
+from jaxbn._compat import exported
 from jaxbn._dtypes import real_part, widest
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.normalizer import Normalizer
 from jaxbn._layers.required import require
 from jaxbn._typing import Array
+from jaxbn._values.canonical import known
 
 _DEFAULT = BatchNorm()
 
@@ -77,8 +78,8 @@ def as_affine(
                 f"the norm has {key} of shape {array.shape} but mean of shape "
                 f"{jnp.shape(mean)}. Take all arrays from the same layer."
             )
-        if not is_traced(array):
-            _check_values(key, array)
+        if (values := known(array)) is not None:
+            _check_values(key, values)
     wide = widest(jnp.dtype(jnp.float32), *(array.dtype for array in arrays.values()))
     mean, var = arrays["mean"].astype(wide), arrays["var"].astype(real_part(wide))
     slope, offset = normalizer.standardize(mean, var)
@@ -103,9 +104,7 @@ def _check_affine(normalizer: Normalizer[Any, Any]) -> None:
         )
 
 
-def _check_values(key: str, array: Array) -> None:
-    # In NumPy, so that arrays whose values are known are checked inside jit too.
-    values = np.asarray(array)
+def _check_values(key: str, values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         where = np.argwhere(~np.isfinite(values))[0].tolist()
         raise ValueError(

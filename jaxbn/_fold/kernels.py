@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn._compat import is_traced
 from jaxbn._dtypes import widest
 from jaxbn._fold.affine import Affine
 from jaxbn._typing import Array, Pair
+from jaxbn._values.canonical import known
 
 # These pad with nothing, or with values of x that have passed the norm too.
 _HARMLESS = ("VALID", "CIRCULAR", "REFLECT")
@@ -223,7 +223,8 @@ def _check_exact(
     spatial: tuple[int, ...], affine: Affine, padding: Any, transposed: bool
 ) -> None:
     """Raises unless the offset of the norm reaches every output alike."""
-    if not spatial or (not is_traced(affine.bias) and not bool(jnp.any(affine.bias))):
+    bias = known(affine.bias)
+    if not spatial or (bias is not None and not bias.any()):
         return
     if isinstance(padding, str):
         single = padding.upper().startswith("SAME") and math.prod(spatial) == 1

@@ -1,6 +1,8 @@
 """Normalization by given statistics."""
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jaxbn._dtypes import as_dtype, as_float, real_part, upcast, widest
 from jaxbn._kernels.affine_map import affine_map, inverse_deviation
 from jaxbn._sharding import split_like
 from jaxbn._typing import Array, ArrayLike, Axes, DTypeLike
+from jaxbn._values.canonical import as_number
 
 
 def normalize(
@@ -44,9 +47,9 @@ def normalize(
         An array of the shape of `x`.
 
     Raises:
-        TypeError: x is of an integer or boolean dtype.
+        TypeError: x is of an integer or boolean dtype; epsilon is not a known number.
         ValueError: An axis is out of range or named twice; an array does not have the
-            shape of the features; epsilon is not positive.
+            shape of the features; epsilon is not positive and finite.
 
     Example:
         >>> import jax.numpy as jnp, jaxbn
@@ -64,7 +67,7 @@ def normalize(
     offset in x's dtype and so loses digits when the mean is large.
     """
     x = as_float(x)
-    check_epsilon(epsilon)
+    epsilon = check_epsilon(epsilon)
     feature_axes = as_axes(feature_axes)
     axes = reduction_axes(feature_axes, x.shape)
     features = feature_shape(feature_axes, x.shape)
@@ -76,7 +79,7 @@ def normalize(
                 f"is {x.shape}, got {jnp.shape(array)}. Check feature_axes={feature_axes}."
             )
     given = (None if a is None else expand(jnp.asarray(a), axes) for a in arrays.values())
-    return normalize_aligned(x, *given, epsilon=float(epsilon), dtype=as_dtype(dtype))
+    return normalize_aligned(x, *given, epsilon=epsilon, dtype=as_dtype(dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "dtype"))
@@ -108,10 +111,12 @@ def normalize_aligned(
     return affine_map(x, mean.astype(wide), slope, offset, dtype=dtype)
 
 
-def check_epsilon(epsilon: float) -> None:
-    """Raises unless `epsilon` is positive."""
-    if not epsilon > 0:
+def check_epsilon(epsilon: Any) -> float:
+    """Returns `epsilon` as Python's number, or raises unless it is positive and finite."""
+    number = as_number("epsilon", epsilon, "Write epsilon=1e-5 or the like.")
+    if not 0 < number < math.inf:
         raise ValueError(
-            f"epsilon must be positive, got {epsilon}. It keeps a constant feature from "
-            "dividing by 0; 1e-5 is usual."
+            f"epsilon must be positive and finite, got {number}. It keeps a constant "
+            "feature from dividing by 0; 1e-5 is usual."
         )
+    return number

@@ -29,20 +29,21 @@ from jaxbn._typing import (
     Key,
     PairLike,
 )
+from jaxbn._values.canonical import as_flag, as_number
+from jaxbn._values.journeys import Value
 
 
 @jax.tree_util.register_static
 @in_our_words
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class BatchNorm(Value, Normalizer[BatchNormParams, BatchStats]):
     r"""Batch normalization.
 
     .. math::
         y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta
 
-    with the mean and the biased variance of the batch while training, and with the
-    running ones of the state otherwise. A frozen value: it prints, compares, hashes and
-    pickles, and rebuilding an equal one under `jax.jit` does not retrace.
+    with the mean and the biased variance of the batch in training, and the running ones
+    otherwise. A frozen value: it prints, compares, hashes, pickles and does not retrace.
 
     Example:
         >>> import jax.numpy as jnp, jaxbn
@@ -82,9 +83,8 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
         Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by
         Reducing Internal Covariate Shift", 2015.
 
-    Differs from Flax in the dtype of the result, which is x's unless asked otherwise,
-    and in what docs/numerics.md lists. Differs from PyTorch in `momentum`, which is one
-    minus PyTorch's, and `ddof`, which is 1 there.
+    Differs from Flax in the dtype of the result, x's unless asked otherwise. Differs from
+    PyTorch in `momentum`, which is one minus PyTorch's, and `ddof`, which is 1 there.
     """
 
     feature_axes: Axes = -1
@@ -101,20 +101,24 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
-        # Canonical spellings, so that equal settings compare and hash as equal.
-        object.__setattr__(self, "feature_axes", as_axes(self.feature_axes))
-        object.__setattr__(self, "dtype", as_dtype(self.dtype))
-        object.__setattr__(self, "param_dtype", as_dtype(self.param_dtype))
-        if isinstance(self.momentum, jax.Array):
-            raise TypeError(
-                "BatchNorm.momentum must be a Python number, got an array. Pass a momentum "
-                "that changes from step to step to apply(..., momentum=...)."
-            )
+        # Canonical, so that equal settings compare and hash as equal.
+        if self.momentum is not None:
+            remedy = "Write 0.99 or the like; a schedule goes to apply(..., momentum=...)."
+            momentum = as_number("BatchNorm.momentum", self.momentum, remedy)
+            object.__setattr__(self, "momentum", momentum)
         check_momentum(self.momentum)
-        check_epsilon(self.epsilon)
-        check_ddof(self.ddof)
-        groups = as_groups(self.axis_name, self.axis_index_groups)
-        object.__setattr__(self, "axis_index_groups", groups)
+        settled = {
+            "feature_axes": as_axes(self.feature_axes),
+            "epsilon": check_epsilon(self.epsilon),
+            "ddof": check_ddof(self.ddof),
+            "axis_index_groups": as_groups(self.axis_name, self.axis_index_groups),
+            "dtype": as_dtype(self.dtype),
+            "param_dtype": as_dtype(self.param_dtype),
+        }
+        flags = "use_scale", "use_bias", "debias"
+        settled |= {n: as_flag(f"BatchNorm.{n}", getattr(self, n)) for n in flags}
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
         if self.activation is not None and not callable(self.activation):
             raise TypeError(
                 f"activation must be a function of an array, got {self.activation!r}. Pass "
@@ -186,8 +190,8 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
     ) -> tuple[Array, BatchStats]:
         """Returns the normalized `x` and the state after it.
 
-        Inference returns the state unchanged, so a frozen layer is `training=False`; to
-        normalize with batch statistics without tracking them, drop the returned state.
+        Inference returns the state unchanged: a frozen layer is `training=False`. To
+        normalize with batch statistics without tracking, drop the returned state.
 
         A feature of which the batch holds nothing (an empty batch, or weights that are
         all 0) is normalized with its running statistics. A feature that holds a single
@@ -243,14 +247,14 @@ class BatchNorm(Normalizer[BatchNormParams, BatchStats]):
         self, state: BatchStats, batch: Moments, *, momentum: float | Array | None = None
     ) -> BatchStats:
         """Returns the state after one update, as `update_running` tells."""
-        rate = self.momentum if momentum is None else momentum
-        return updated_stats(state, batch, rate, self.ddof)
+        momentum = self.momentum if momentum is None else momentum
+        return updated_stats(state, batch, momentum, self.ddof)
 
     def check(
         self, state: BatchStats, x: Array, tracks: bool, *, momentum: Any = None
     ) -> None:
         """Raises if x is complex and the state real, or for a momentum out of range."""
-        if tracks:
+        if tracks and jnp.iscomplexobj(x):
             check_real(state, x.dtype)
         if momentum is not None:
             check_momentum(momentum)

@@ -16,15 +16,16 @@ from jaxbn._layers.wrapper import Wrapper
 from jaxbn._sharding import reshard_like
 from jaxbn._state import BatchNormParams, RenormStats
 from jaxbn._statistics.moments import Moments, as_exact
-from jaxbn._statistics.running import check_momentum, is_finite_batch, like_state, move
+from jaxbn._statistics.running import check_momentum, like_state, moved, stored
 from jaxbn._typing import Array, ArrayLike, Initializer, Key, Pair, PairLike
+from jaxbn._values.canonical import as_number
 
 _DEFAULT, _LIMITS = BatchNorm(), RenormLimits()
 
 
 @jax.tree_util.register_static
 @in_our_words
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class BatchRenorm(Wrapper[BatchNormParams, RenormStats]):
     r"""Batch renormalization.
 
@@ -54,7 +55,7 @@ class BatchRenorm(Wrapper[BatchNormParams, RenormStats]):
             `renorm_limits`, which is passed to `apply`.
 
     Raises:
-        TypeError: bn is not a `BatchNorm`; momentum or a limit is an array.
+        TypeError: bn is not a `BatchNorm`; momentum or a limit is not a known number.
         ValueError: A hyperparameter is out of its range; bn debiases, is cumulative or has
             a ddof.
 
@@ -82,19 +83,19 @@ class BatchRenorm(Wrapper[BatchNormParams, RenormStats]):
                 f"BatchRenorm tracks the standard deviation that it normalizes with, got "
                 f"{self.bn}. Leave out debias, momentum=None and ddof."
             )
-        if self.momentum is None or isinstance(self.momentum, jax.Array):
-            raise TypeError(
-                f"BatchRenorm.momentum must be a Python number, got {self.momentum!r}. "
-                "Use 0.99 or the like."
-            )
-        check_momentum(self.momentum)
-        if any(isinstance(limit, jax.Array) for limit in self.limits):
-            raise TypeError(
-                "BatchRenorm.limits must hold Python numbers, got an array. Pass limits "
-                "that change from step to step to apply(..., limits=...)."
-            )
-        object.__setattr__(self, "limits", RenormLimits(*map(float, self.limits)))
+        remedy = "Use 0.99 or the like."
+        momentum = as_number("BatchRenorm.momentum", self.momentum, remedy)
+        check_momentum(momentum)
         check_limits(self.limits)
+        remedy = "Pass limits that change from step to step to apply(..., limits=...)."
+        limits = RenormLimits(
+            *(
+                as_number(f"BatchRenorm.limits.{name}", limit, remedy)
+                for name, limit in self.limits._asdict().items()
+            )
+        )
+        object.__setattr__(self, "momentum", momentum)
+        object.__setattr__(self, "limits", limits)
 
     @in_our_words
     def init(
@@ -207,20 +208,19 @@ class BatchRenorm(Wrapper[BatchNormParams, RenormStats]):
         batch = like_state(batch, state.mean)
         epsilon = self.bn.epsilon
         std = jnp.sqrt(batch.var + epsilon)
-        sound = is_finite_batch(batch, std)
         momentum = self.bn.momentum if momentum is None else momentum
         assert momentum is not None
         rate = 1 - momentum
         slow = 1 - self.momentum
-        running_std = move(state.std, std, rate, sound)
-        var = jnp.maximum(jnp.square(running_std) - epsilon, 0)
-        return RenormStats(
-            mean=move(state.mean, batch.mean, rate, sound),
-            var=jnp.where(sound, var, state.var),
+        running_std = moved(state.std, std, rate)
+        after = RenormStats(
+            mean=moved(state.mean, batch.mean, rate),
+            var=jnp.maximum(jnp.square(running_std) - epsilon, 0),
             std=running_std,
-            renorm_mean=move(state.renorm_mean, batch.mean, slow, sound),
-            renorm_std=move(state.renorm_std, std, slow, sound),
+            renorm_mean=moved(state.renorm_mean, batch.mean, slow),
+            renorm_std=moved(state.renorm_std, std, slow),
         )
+        return stored(state, after, batch.count)
 
     def correction(
         self,

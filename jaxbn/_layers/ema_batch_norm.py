@@ -22,7 +22,7 @@ _DEFAULT = BatchNorm()
 
 @jax.tree_util.register_static
 @in_our_words
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class EmaBatchNorm(Wrapper[BatchNormParams, BatchStats]):
     r"""Batch normalization with the running statistics, in training too.
 

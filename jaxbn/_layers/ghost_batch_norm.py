@@ -10,6 +10,7 @@ from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._layers.normalizer import Normalizer, Params, State
 from jaxbn._layers.required import require
 from jaxbn._layers.wrapper import Wrapper
+from jaxbn._values.canonical import as_whole
 
 LAYOUTS = ("contiguous", "strided")
 TRACKINGS = ("pooled", "averaged")
@@ -17,7 +18,7 @@ TRACKINGS = ("pooled", "averaged")
 
 @jax.tree_util.register_static
 @in_our_words
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GhostBatchNorm(Wrapper[Params, State]):
     """Normalization by the statistics of ghost batches, parts of the batch.
 
@@ -71,11 +72,8 @@ class GhostBatchNorm(Wrapper[Params, State]):
         require(
             "GhostBatchNorm", self.inner, "standardize", "track", "correction", "running"
         )
-        size = self.virtual_batch_size
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(
-                f"virtual_batch_size must be an int, got {size!r}. Use e.g. 32."
-            )
+        size = as_whole("virtual_batch_size", self.virtual_batch_size, "Use e.g. 32.")
+        object.__setattr__(self, "virtual_batch_size", size)
         if size < 1:
             raise ValueError(
                 f"virtual_batch_size must be positive, got {size}. Use e.g. 32."

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._axes import divided_axes, expand, no_axis_left
-from jaxbn._dtypes import as_float, upcast, widest
+from jaxbn._dtypes import as_float, refuse_half
 from jaxbn._kernels.reduction import hide_unweighted
 from jaxbn._layers import checks
 from jaxbn._layers.foreign_words import not_a_function
 from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._layers.loop_shape import loop_shape_of
-from jaxbn._layers.rule import Given, Plan, normalized, whole_batch
+from jaxbn._layers.rule import Given, normalized, plan_of, whole_batch
 from jaxbn._sharding import split_like, split_like_any
 from jaxbn._statistics.moments import Moments
 from jaxbn._statistics.named_axes import check_axis
@@ -30,6 +30,7 @@ from jaxbn._typing import (
     Pair,
     PairLike,
 )
+from jaxbn._values.journeys import copied, reduced
 
 Params = TypeVar("Params")
 State = TypeVar("State")
@@ -87,6 +88,9 @@ class Normalizer(Protocol[Params, State]):
     activation: Activation | None = None
     dtype: DTypeLike | None = None
     ghost_batches: GhostBatches | None = None
+
+    if not TYPE_CHECKING:  # no part of the protocol: how one of your own is pickled
+        __reduce__, __copy__ = reduced, copied
 
     # To a type checker, `*_: Any, **options: Any` are `...`: a subclass names its keywords.
 
@@ -174,6 +178,7 @@ def apply_normalizer(
         weights = None if weights is None else jnp.asarray(weights)[None]
     layer.check(state, x, mode is not False, **options)
     if mode is not False:
+        refuse_half(state, "state")
         if layer.axis_name is not None:
             check_axis(layer.axis_name, layer.axis_index_groups)
         if layer.ghost_batches is not None:
@@ -215,7 +220,7 @@ def _apply(
         if explicit:
             everything = given, weights, residual, frozen
             given, weights, residual, frozen = split_like(x, everything, axes)
-        plan, captured = _plan(layer, training, axes, shape, x, weights, given)
+        plan, captured = plan_of(layer, training, axes, shape, x, weights, given)
         seen = x if weights is None else hide_unweighted(x, weights)
         if shape is None:
             given = jax.tree.map(lambda a: expand(a, axes) if a.ndim < x.ndim else a, given)
@@ -238,23 +243,3 @@ def _apply(
         if flag is not None:
             after = jax.tree.map(lambda new, old: jnp.where(flag, new, old), after, state)
         return y, after
-
-
-def _plan(layer, training, axes, shape, x, weights, given) -> tuple[Plan, Any]:
-    """Returns the static part of an application, and what its activation has captured."""
-    wide = widest(upcast(x).dtype, *(a.dtype for a in jax.tree.leaves(given)))
-    dtype = layer.dtype
-    if dtype is None:
-        dtype = wide if jnp.issubdtype(wide, jnp.complexfloating) else x.dtype
-    # Fuse an activation on a reshaped x only if it is known to be elementwise (relu).
-    relu, captured = layer.activation is jax.nn.relu, ()
-    ghosts = None if shape is None else shape.ghosts
-    plain = ghosts is None and (shape is None or not shape.merged)
-    axes = axes if shape is None else shape.axes
-    fused = layer.activation if plain or relu else None
-    if fused is not None and not relu:
-        # What it captured, such as the slope of a parametric ReLU, may be differentiated.
-        fused, captured = jax.closure_convert(fused, jax.ShapeDtypeStruct(x.shape, wide))
-    certain = weights is None and all(isinstance(n, int) and n > 0 for n in x.shape)
-    plan = Plan(layer, axes, training, ghosts, certain, fused, wide, dtype)
-    return plan, captured

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxbn._compat import exported, is_traced
+from jaxbn._compat import exported
 from jaxbn._typing import Array
+from jaxbn._values.canonical import as_number, as_settled, known
+from jaxbn._values.journeys import as_call
 
 
 @exported
@@ -26,6 +28,11 @@ class RenormLimits(NamedTuple):
     r_min: float | Array = 1 / 3
     r_max: float | Array = 3.0
     d_max: float | Array = 5.0
+
+    def __repr__(self) -> str:
+        defaults = self._field_defaults
+        fields = ((name, limit, defaults[name]) for name, limit in self._asdict().items())
+        return as_call("RenormLimits", fields)
 
 
 def renorm_limits(
@@ -66,19 +73,24 @@ def renorm_limits(
         Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
         Batch-Normalized Models", 2017, section 4.
     """
-    if not start < min(r_steps, d_steps):
+    remedy = "It is a step of the training, not a duration."
+    begin, r_end, d_end = (
+        as_number(name, value, remedy)
+        for name, value in (("start", start), ("r_steps", r_steps), ("d_steps", d_steps))
+    )
+    if not begin < min(r_end, d_end):
         raise ValueError(
             f"the limits must widen after start={start}, got r_steps={r_steps} and "
             f"d_steps={d_steps}. They are steps of the training, not durations."
         )
     check_limits(RenormLimits(0.0, r_max, d_max))
 
-    def progress(end: int) -> Array:
-        done = jnp.asarray(step, jnp.float32) - start
-        return jnp.clip(done / (end - start), 0.0, 1.0)
+    def progress(end: float) -> Array:
+        done = jnp.asarray(step, jnp.float32) - begin
+        return jnp.clip(done / (end - begin), 0.0, 1.0)
 
-    r = 1 + (r_max - 1) * progress(r_steps)
-    return RenormLimits(1 / r, r, d_max * progress(d_steps))
+    r = 1 + (r_max - 1) * progress(r_end)
+    return RenormLimits(1 / r, r, d_max * progress(d_end))
 
 
 def check_limits(limits: RenormLimits) -> None:
@@ -89,10 +101,10 @@ def check_limits(limits: RenormLimits) -> None:
             "RenormLimits(r_min=..., r_max=..., d_max=...)."
         )
     for name, limit in limits._asdict().items():
-        if is_traced(limit):
-            continue
+        remedy = "Write a number such as 3.0, or jnp.inf for no limit."
+        value = known(as_settled(name, limit, remedy))
         low, high = {"r_min": (0, 1), "r_max": (1, jnp.inf), "d_max": (0, jnp.inf)}[name]
-        if jnp.ndim(limit) != 0 or not low <= limit <= high:
+        if value is not None and not low <= value <= high:
             raise ValueError(
                 f"{name} must be a number in [{low}, {high}], got {limit}. A factor r of 1 "
                 "and an offset d of 0 leave plain normalization."

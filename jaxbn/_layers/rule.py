@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxbn._dtypes import real_part, upcast
+from jaxbn._dtypes import real_part, upcast, widest
 from jaxbn._kernels.accelerator import Map, divisor
 from jaxbn._kernels.affine_map import affine_map, affine_map_tangent
 from jaxbn._kernels.operation import computed_apart
@@ -42,6 +42,26 @@ class Given(NamedTuple):
     running: Pair
     params: Pair
     adjustment: Pair | None
+
+
+def plan_of(layer, training, axes, shape, x, weights, given) -> tuple[Plan, Any]:
+    """Returns the static part of an application, and what its activation has captured."""
+    wide = widest(upcast(x).dtype, *(a.dtype for a in jax.tree.leaves(given)))
+    dtype = layer.dtype
+    if dtype is None:
+        dtype = wide if jnp.issubdtype(wide, jnp.complexfloating) else x.dtype
+    # Fuse an activation on a reshaped x only if it is known to be elementwise (relu).
+    relu, captured = layer.activation is jax.nn.relu, ()
+    ghosts = None if shape is None else shape.ghosts
+    plain = ghosts is None and (shape is None or not shape.merged)
+    axes = axes if shape is None else shape.axes
+    fused = layer.activation if plain or relu else None
+    if fused is not None and not relu:
+        # What it captured, such as the slope of a parametric ReLU, may be differentiated.
+        fused, captured = jax.closure_convert(fused, jax.ShapeDtypeStruct(x.shape, wide))
+    certain = weights is None and all(isinstance(n, int) and n > 0 for n in x.shape)
+    plan = Plan(layer, axes, training, ghosts, certain, fused, wide, dtype)
+    return plan, captured
 
 
 class Line(NamedTuple):

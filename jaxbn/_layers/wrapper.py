@@ -5,9 +5,10 @@ import operator
 from typing import Any
 
 from jaxbn._layers.normalizer import Normalizer, Params, State
+from jaxbn._values.journeys import Value
 
 
-class Wrapper(Normalizer[Params, State]):
+class Wrapper(Value, Normalizer[Params, State]):
     """A normalizer around `wrapped`, which answers all that a subclass does not change."""
 
     @property

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._compat import is_traced
 from jaxbn._state import RunningStats, is_stats
 from jaxbn._statistics.moments import Moments
 from jaxbn._statistics.named_axes import as_groups, check_axis
 from jaxbn._statistics.sync import sum_over_devices, sync_moments
 from jaxbn._typing import Array, AxisGroups, AxisName, Pair, PyTree
+from jaxbn._values.canonical import known
 
 State = TypeVar("State", bound=RunningStats)
 
@@ -87,7 +87,8 @@ def _as_count(weight: float | Array, like: Array) -> Array:
             f"weight must be a scalar, got shape {jnp.shape(weight)}. Sum it up: a replica "
             "counts as a whole."
         )
-    if not is_traced(weight) and not weight >= 0:
+    value = known(weight)
+    if value is not None and not value >= 0:
         raise ValueError(
             f"weight must be 0 or more, got {weight}. Pass the number of rows that this "
             "replica saw."

@@ -1,16 +1,20 @@
 """Running statistics: how those of one batch enter the average, or are kept out of it."""
 
 import functools
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._compat import is_traced
+from jaxbn._dtypes import widest
 from jaxbn._sharding import reshard_like
 from jaxbn._state import BatchStats
 from jaxbn._statistics.moments import Moments
 from jaxbn._typing import Array
+from jaxbn._values.canonical import as_settled, as_whole, known
+
+State = TypeVar("State", bound=Any)
 
 
 def update_running(
@@ -32,8 +36,9 @@ def update_running(
     and for the cumulative mean (`momentum=None`). The batch variance enters multiplied by
     n / (n - ddof), where n is `batch.count`, and unchanged where n does not exceed ddof.
 
-    A feature whose batch statistics are not finite, or whose count is 0, keeps its
-    state. No gradient flows into the result.
+    A feature whose new statistics are not finite numbers of the dtype of the state, or
+    whose count is 0, keeps its state. No gradient flows into the result. A state below
+    float32 moves only as far as its digits tell: train with one that is wider.
 
     Args:
         state: The statistics before.
@@ -68,7 +73,7 @@ def update_running(
     replaces the initial values.
     """
     check_momentum(momentum)
-    check_ddof(ddof)
+    ddof = check_ddof(ddof)
     if momentum is None and state.weight is None:
         raise ValueError(
             "momentum=None averages all batches so far, which needs state.weight, but it "
@@ -92,24 +97,21 @@ def check_momentum(momentum: float | Array | None) -> None:
     """Raises unless `momentum` is None, a decay in [0, 1] or a scalar array."""
     if momentum is None:
         return
-    if jnp.ndim(momentum) != 0 or isinstance(momentum, (bool, str)):
-        raise TypeError(
-            f"momentum must be a number or a scalar array, got {momentum!r}. "
-            "A schedule is evaluated by the caller: momentum=schedule(step)."
-        )
-    if not is_traced(momentum) and not 0 <= momentum <= 1:
+    remedy = "A schedule is evaluated by the caller: momentum=schedule(step)."
+    value = known(as_settled("momentum", momentum, remedy))
+    if value is not None and not 0 <= value <= 1:
         raise ValueError(
             f"momentum must lie in [0, 1], got {momentum}. It is the decay of the running "
             "average, as in Flax and Keras; PyTorch's momentum is one minus this."
         )
 
 
-def check_ddof(ddof: int) -> None:
-    """Raises unless `ddof` is a non-negative int."""
-    if not isinstance(ddof, int) or isinstance(ddof, bool):
-        raise TypeError(f"ddof must be an int, got {ddof!r}. Use 0, or 1 as in PyTorch.")
+def check_ddof(ddof: Any) -> int:
+    """Returns `ddof` as Python's int, or raises unless it is one and not negative."""
+    ddof = as_whole("ddof", ddof, "Use 0, or 1 as in PyTorch.")
     if ddof < 0:
         raise ValueError(f"ddof must not be negative, got {ddof}. Use 0 or 1.")
+    return ddof
 
 
 def check_real(state: BatchStats, dtype: jnp.dtype) -> None:
@@ -130,12 +132,12 @@ def updated_stats(
     state, batch = lax.stop_gradient((state, batch))
     batch = like_state(batch, state.mean)
     var = batch.var * _bessel(batch.count, ddof) if ddof else batch.var
-    sound = is_finite_batch(batch, var)
     rate, weight = _rate(state, momentum)
-    if weight is not None and state.weight is not None:
-        weight = jnp.where(sound, weight, state.weight)
-    mean = move(state.mean, batch.mean, rate, sound)
-    return BatchStats(mean, move(state.var, var, rate, sound), weight)
+    mean, var = (
+        moved(state.mean, batch.mean, rate),
+        moved(state.var, var, rate),
+    )
+    return stored(state, BatchStats(mean, var, weight), batch.count)
 
 
 def like_state(batch: Moments, mean: Array) -> Moments:
@@ -146,15 +148,29 @@ def like_state(batch: Moments, mean: Array) -> Moments:
     return Moments(*(reshard_like(array, mean) for array in batch))
 
 
-def is_finite_batch(batch: Moments, var: Array) -> Array:
-    """Tells which features of the batch may enter an average without spoiling it."""
-    return (batch.count > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
+def moved(old: Array, new: Array, rate: float | Array) -> Array:
+    """Returns `old` moved toward `new` by `rate`, in the wider of their dtypes."""
+    wide = widest(old.dtype, new.dtype)
+    old = old.astype(wide)
+    return old + jnp.asarray(rate).astype(wide) * (new.astype(wide) - old)
 
 
-def move(old: Array, new: Array, rate: float | Array, sound: Array) -> Array:
-    """Returns `old` moved toward `new` by `rate` where `sound`, in the dtype of `old`."""
-    step = jnp.asarray(rate).astype(old.dtype) * (new.astype(old.dtype) - old)
-    return jnp.where(sound, old + step, old)
+def stored(state: State, after: State, count: Array) -> State:
+    """Returns `after` in the dtypes of `state`, where the batch has shown something.
+
+    A feature of which any array would hold what is no finite number of its dtype keeps all
+    that it had, so nothing poisons a state.
+    """
+    pairs = list(zip(after, state, strict=True))
+    fitted = [None if old is None else new.astype(old.dtype) for new, old in pairs]
+    sound = count > 0
+    for array in fitted:
+        sound = sound if array is None else sound & jnp.isfinite(array)
+    kept = (
+        None if new is None else jnp.where(sound, new, old)
+        for new, old in zip(fitted, state, strict=True)
+    )
+    return type(state)(*kept)
 
 
 def _bessel(count: Array, ddof: int) -> Array:
@@ -166,8 +182,8 @@ def _rate(
     state: BatchStats, momentum: float | Array | None
 ) -> tuple[float | Array, Array | None]:
     """Returns how far the state moves toward the batch, and the weight afterwards."""
-    if isinstance(momentum, jax.Array):
-        momentum = momentum.astype(state.var.dtype)
+    if momentum is not None and not isinstance(momentum, (int, float)):
+        momentum = jnp.asarray(momentum).astype(state.var.dtype)
     if momentum is None:
         assert state.weight is not None
         weight = state.weight + 1

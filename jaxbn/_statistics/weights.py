@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 
-from jaxbn._compat import is_traced
 from jaxbn._dtypes import at_least_float32, real_part
 from jaxbn._typing import Array, ArrayLike, Shape
+from jaxbn._values.canonical import known
 
 
 def prepare_weights(
@@ -13,6 +13,8 @@ def prepare_weights(
     """Returns `weights` checked, at x's rank and in the dtype of the statistics."""
     if weights is None:
         return None
+    # Known values are examined in NumPy, also where the cast below would hide them.
+    values = known(weights)
     weights = jnp.asarray(weights)
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(
@@ -20,9 +22,9 @@ def prepare_weights(
         )
     aligned = _align(weights, x.shape, axes).astype(real_part(at_least_float32(x.dtype)))
     # A traced value is unknown: there, a negative weight is the caller's to avoid.
-    if not is_traced(aligned) and not bool((aligned >= 0).all()):
+    if values is not None and not (values >= 0).all():
         raise ValueError(
-            f"weights must not be negative or NaN, got {aligned.min()} among them. Give "
+            f"weights must not be negative or NaN, got {values.min()} among them. Give "
             "weight 0 to what should not count."
         )
     return aligned

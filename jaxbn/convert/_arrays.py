@@ -82,6 +82,8 @@ def checked(
                 )
             if zeros and role == "var":
                 notes.append(f"{found.tail(role)} is 0 in {_channels(array == 0)}")
+        if role not in ("scale", "bias") and array.dtype.itemsize < 4:
+            notes.append(f"{found.tail(role)} widened from {array.dtype} to float32")
         arrays[role] = array if axes is None else _of_features(name, array, axes)
     shapes = {found.names[role]: array.shape for role, array in arrays.items()}
     if len(set(shapes.values())) > 1:

@@ -1,7 +1,9 @@
 """Checks the params and the statistics of one layer, without any data."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbn.diagnose._find_norms import NormArrays
@@ -23,8 +25,9 @@ def check_values(layer: NormArrays, epsilon: float) -> Iterator[Finding]:
     if (finding := _not_finite(layer)) or (finding := _negative(layer)):
         yield finding
         return
-    if finding := _never_updated(layer):
-        yield finding
+    for look in (_never_updated, _low_precision):
+        if finding := look(layer):
+            yield finding
     for check in (_dead, _exploding):
         if finding := check(layer, epsilon):
             yield finding
@@ -116,6 +119,37 @@ def _never_updated(layer: NormArrays) -> Finding | None:
         "bn.apply, updates['batch_stats'] of model.apply(..., mutable=['batch_stats']), or "
         "the NNX model in train() mode; and evaluate with the latest ones.",
     )
+
+
+def _low_precision(layer: NormArrays) -> Finding | None:
+    tracked = layer.dtypes.keys() - {"scale", "bias", "count"}
+    low = {
+        field: str(layer.dtypes[field]).removeprefix("torch.")
+        for field in sorted(tracked)
+        if _bits(layer.dtypes[field]) < 32
+    }
+    if not low:
+        return None
+    return Finding(
+        layer.name,
+        "low-precision",
+        "warning",
+        as_evidence(**{field: _bits(layer.dtypes[field]) for field in low}),
+        f"the running statistics are in {', '.join(sorted(set(low.values())))}, in which "
+        "the steps of an average are below its last digit, so training on would stall.",
+        "Keep them out of what casts the model, and cast these to float32 before training; "
+        "if the model was trained so, they are stale: reestimate.",
+    )
+
+
+def _bits(dtype: Any) -> int:
+    """Returns how many bits a floating number of a dtype has; 64 for all else."""
+    name = str(dtype).removeprefix("torch.")
+    try:
+        kind = jnp.dtype(name)
+    except TypeError:
+        return 64
+    return jnp.finfo(kind).bits if jnp.issubdtype(kind, jnp.inexact) else 64
 
 
 def _dead(layer: NormArrays, epsilon: float) -> Finding | None:

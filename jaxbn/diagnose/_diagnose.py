@@ -34,8 +34,9 @@ def diagnose(
     """Tells what is wrong with the statistics of a model, and what to do about it.
 
     From the variables alone come the causes `never-updated`, `non-finite`,
-    `negative-variance`, `dead` and `exploding` channels, and `replicas` that differ; with
-    `steps` and `momentum`, `unconverged` and `momentum` (PyTorch's, used as the decay).
+    `negative-variance`, `low-precision`, `dead` and `exploding` channels, and `replicas`
+    that differ; with `steps` and `momentum`, `unconverged` and `momentum` (PyTorch's, used
+    as the decay).
     With `apply` and batches like those of training the momentum is measured, and there
     are `drift` between running and batch statistics, `averaged-weights`, `small-batch`,
     `unlike-batches`, and the `gap` between training and evaluation with the layer that

@@ -22,12 +22,14 @@ _SPLIT = re.compile(r"[./]")
 class NormArrays:
     """A normalization layer: its arrays in float64 without axes, and where they are.
 
-    `leaves` holds the number of each array among the leaves of the whole tree.
+    `leaves` holds the number of each array among the leaves of the whole tree, `dtypes`
+    the dtype that it has there.
     """
 
     name: str
     arrays: Mapping[str, np.ndarray]
     leaves: Mapping[str, int]
+    dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def get(self, field: str) -> np.ndarray | None:
         """Returns an array, or None if the layer lacks it."""
@@ -71,7 +73,8 @@ def find_norms(tree: PyTree) -> list[NormArrays]:
         trunk, params = _params(base, index, arrays, shape)
         leaves |= params
         found = {field: _as_float64(arrays[i], base) for field, i in leaves.items()}
-        layers.append(NormArrays(_name(base, trunk), found, leaves))
+        dtypes = {field: getattr(arrays[i], "dtype", None) for field, i in leaves.items()}
+        layers.append(NormArrays(_name(base, trunk), found, leaves, dtypes))
     if not layers:
         raise ValueError(
             f"found no running mean and variance among {len(index)} arrays"

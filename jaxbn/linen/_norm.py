@@ -110,9 +110,10 @@ class Norm(nn.Module):
         more = gathering(self, names[1], update_stats)
         normalizer: Any = Gather(self.normalizer) if more else self.normalizer  # pyright: ignore
         state = with_leaves(kinds[1], [stat.value for stat in stats])
+        state = gathered_like(state, [variable.value for variable in more])
         y, state = normalizer.apply(
             with_leaves(kinds[0], params),
-            gathered_like(state, [variable.value for variable in more]),
+            state,
             jnp.asarray(x),
             False if self.is_initializing() else training,
             **options,

@@ -6,9 +6,9 @@ from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 
-from jaxbn._compat import is_traced
 from jaxbn._layers.renorm_limits import RenormLimits, check_limits
 from jaxbn._typing import Array
+from jaxbn._values.canonical import as_settled, known
 
 ReducedAxes: TypeAlias = int | Sequence[int]
 
@@ -79,15 +79,11 @@ def to_limits(clipping: Mapping[str, Any] | None) -> RenormLimits:
     return limits
 
 
-def check_decay(name: str, decay: float | Array) -> None:
-    """Raises unless `decay` is a number in [0, 1], as far as it is known."""
-    if decay is None or isinstance(decay, (bool, str)) or jnp.ndim(decay) != 0:
-        raise TypeError(
-            f"{name} must be a number or a scalar array, got {decay!r}. It is the share of "
-            "the old average in the new one; 0.99 is usual."
-        )
-    if not is_traced(decay) and not 0 <= decay <= 1:
-        raise ValueError(
-            f"{name} must lie in [0, 1], got {decay}. It is the share of the old average "
-            "in the new one; 0.99 is usual."
-        )
+def check_decay(name: str, decay: float | Array) -> float | Array:
+    """Returns `decay` as Python's number or traced, or raises unless it is in [0, 1]."""
+    remedy = "It is the share of the old average in the new one; 0.99 is usual."
+    decay = as_settled(name, decay, remedy)
+    value = known(decay)
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {decay}. {remedy}")
+    return decay

@@ -7,6 +7,7 @@ from typing import Any
 from jax.typing import ArrayLike
 
 from jaxbn._typing import Array, Initializer, Shape
+from jaxbn._values.canonical import as_flag
 from jaxbn.tf1._arguments import DataFormat, check_decay, feature_axis, to_limits
 from jaxbn.tf1._implementation import Settings
 from jaxbn.tf1._layer import Layer, Regularizer
@@ -105,8 +106,12 @@ def batch_norm(
         >>> print(sorted(params), float(y.min()))
         ['beta'] 0.0
     """
-    check_decay("decay", decay)
+    decay = check_decay("decay", decay)
     check_decay("renorm_decay", renorm_decay)
+    renorm, trainable = as_flag("renorm", renorm), as_flag("trainable", trainable)
+    fused = None if fused is None else as_flag("fused", fused)
+    name = "zero_debias_moving_mean"
+    zero_debias_moving_mean = as_flag(name, zero_debias_moving_mean)
     lacking = {
         "batch_weights": batch_weights is not None,
         "updates_collections": updates_collections != UPDATE_OPS,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxbn._typing import Array, Initializer, Shape
+from jaxbn._values.canonical import as_flag
 from jaxbn.tf1._arguments import check_decay, to_axes, to_limits
 from jaxbn.tf1._implementation import Settings
 from jaxbn.tf1._layer import Constraint, Layer, Regularizer
@@ -95,8 +96,10 @@ def batch_normalization(
         >>> {name: array.shape for name, array in params.items()}
         {'gamma': (64,), 'beta': (64,)}
     """
-    check_decay("momentum", momentum)
+    momentum = check_decay("momentum", momentum)
     check_decay("renorm_momentum", renorm_momentum)
+    renorm, trainable = as_flag("renorm", renorm), as_flag("trainable", trainable)
+    fused = None if fused is None else as_flag("fused", fused)
     if virtual_batch_size is not None and adjustment is not None:
         raise ValueError(
             f"virtual_batch_size={virtual_batch_size} comes with an adjustment, which "

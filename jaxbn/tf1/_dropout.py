@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from jax.typing import ArrayLike
 
-from jaxbn._compat import is_traced
-from jaxbn._dropout import dropout as core_dropout
 from jaxbn._dtypes import as_float
+from jaxbn._layers.dropout import dropout as core_dropout
 from jaxbn._typing import Array, Key, Shape
+from jaxbn._values.canonical import as_settled, known
 
 
 def dropout(
@@ -53,13 +53,15 @@ def dropout(
             f"rate={rate}. They are 1 minus each other; give one."
         )
     if rate is None:
-        assert keep_prob is not None
-        if not is_traced(keep_prob) and not 0 < keep_prob <= 1:
+        kept = as_settled("keep_prob", keep_prob, "It is the share that is kept.")
+        value = known(kept)
+        if value is not None and not 0 < value <= 1:
             raise ValueError(
                 f"keep_prob must lie in (0, 1], got {keep_prob}. It is the share "
                 "that is kept; the share that is dropped is the rate."
             )
-        rate = 1 - keep_prob
+        rate = 1 - kept
+    assert rate is not None
     return core_dropout(key, x, rate, True, broadcast_axes=_shared(noise_shape, x.shape))
 
 

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 
 from jaxbn._axes import canonical_axes, feature_shape, reduction_axes
 from jaxbn._dtypes import at_least_float32
+from jaxbn._kernels.normalize import check_epsilon
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
 from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._typing import Axes, Shape
-from jaxbn.tf1._arguments import FUSED_EPSILON
+from jaxbn._values.canonical import as_flag, as_whole
+from jaxbn._values.journeys import Value
+from jaxbn.tf1._arguments import FUSED_EPSILON, check_decay
 from jaxbn.tf1._variables import BIASED, LOCAL_STEP, variable_shape
 
 _MOVING = ("moving_mean", "moving_variance")
@@ -73,8 +76,8 @@ class ShapedLayer(NamedTuple):
     dtype: jnp.dtype
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Settings(Value):
     """The hyperparameters that decide what is computed, as the two functions take them.
 
     Attributes:
@@ -102,6 +105,16 @@ class Settings:
     zero_debias: bool = False
 
     def __post_init__(self) -> None:
+        settled: dict[str, Any] = {"epsilon": check_epsilon(self.epsilon)}
+        flags = "center", "scale", "fused", "contrib", "class_suffices", "zero_debias"
+        settled |= {name: as_flag(name, getattr(self, name)) for name in flags}
+        if self.virtual_batch_size is not None:
+            size = as_whole("virtual_batch_size", self.virtual_batch_size, "Use e.g. 32.")
+            settled["virtual_batch_size"] = size
+        if self.renorm_decay is not None:
+            settled["renorm_decay"] = check_decay("renorm_decay", self.renorm_decay)
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
         # Built here so that invalid settings raise now and not at the first batch.
         self._normalizer(
             Implementation(fused=False, layer_class=True), jnp.dtype(jnp.float32)

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn._dtypes import as_dtype, as_float
+from jaxbn._dtypes import as_dtype, as_float, widened
 from jaxbn._layers.checks import split_mode
 from jaxbn._layers.renorm_limits import RenormLimits
 from jaxbn._norm_names import TENSORFLOW
 from jaxbn._state import BatchNormParams, BatchStats, RenormStats
+from jaxbn._statistics.running import stored
 from jaxbn._typing import Array, DTypeLike, Initializer, Key, Shape
+from jaxbn._values.journeys import Value
 from jaxbn.tf1._arguments import of_rank
 from jaxbn.tf1._implementation import Settings, ShapedLayer
 from jaxbn.tf1._moving_averages import without_bias
@@ -31,8 +33,8 @@ Regularizer = Callable[[Array], Array | None]
 Constraint = Callable[[Array], Array]
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Layer:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Layer(Value):
     """A batch normalization of TensorFlow 1: five pure functions over dicts of variables.
 
     Made by `batch_normalization` and `batch_norm`, which document the arguments. It is
@@ -147,12 +149,17 @@ class Layer:
         if debiases:
             # Training updates the biased average; inference reads the debiased one.
             stats = stats._replace(mean=jnp.where(training, state[BIASED], stats.mean))
+        before, stats = stats, widened(stats)
         trained = to_fields(BatchNormParams, params, shaped.features)
         options = self._options(shaped, x, mode)
         y, stats = shaped.normalizer.apply(trained, stats, x, training, **options)
         y = y if self.activation_fn is None else self.activation_fn(y)
         if mode is False or (shaped.implementation.layer_class and not self.trainable):
             return y, state
+        if shaped.dtype != stats.var.dtype:
+            # Legacy variables have the dtype of the inputs, which may hold less.
+            kept = jax.tree.map(lambda a: a.astype(shaped.dtype), before)
+            stats = stored(kept, stats, jnp.ones_like(stats.var))
         updated = {**state, **to_variables(stats, shaped.shape, shaped.dtype)}
         return y, self._debiased(state, updated, training) if debiases else updated
 

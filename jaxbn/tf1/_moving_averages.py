@@ -10,6 +10,8 @@ from jaxbn._averages import Ema, EmaState
 from jaxbn._compat import exported
 from jaxbn._dtypes import at_least_float32
 from jaxbn._typing import Array, PyTree
+from jaxbn._values.canonical import as_flag
+from jaxbn._values.journeys import Value
 from jaxbn.tf1._arguments import check_decay
 
 _EMA = Ema(0.0)  # its decay is given at each update, where it may be traced
@@ -36,8 +38,8 @@ class MovingAverage(NamedTuple):
     local_step: Array | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ExponentialMovingAverage:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ExponentialMovingAverage(Value):
     """`tf.train.ExponentialMovingAverage`, over any pytree.
 
     shadow = decay * shadow + (1 - decay) * value. TensorFlow began differently for
@@ -74,7 +76,8 @@ class ExponentialMovingAverage:
     name: str = "ExponentialMovingAverage"
 
     def __post_init__(self) -> None:
-        check_decay("decay", self.decay)
+        object.__setattr__(self, "decay", check_decay("decay", self.decay))
+        object.__setattr__(self, "zero_debias", as_flag("zero_debias", self.zero_debias))
 
     def init(self, values: PyTree, tensors: bool = False) -> MovingAverage:
         """Returns the averages before the first update.

@@ -8,6 +8,7 @@ from jaxbn._kernels.normalize import normalize_aligned
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array
+from jaxbn._values.canonical import as_number
 from jaxbn.tf1._arguments import DataFormat, feature_axis, of_rank
 from jaxbn.tf1._implementation import Implementation, refuse_wide
 
@@ -53,6 +54,7 @@ def nn_batch_normalization(
         [-1.  1.]
     """
     x = as_float(x)
+    epsilon = as_number("variance_epsilon", variance_epsilon, "0.001 is usual.")
     given = (None if a is None else jnp.asarray(a) for a in (mean, variance, scale, offset))
     arrays = tuple(given)
     shapes = [x.shape, *(a.shape for a in arrays if a is not None)]
@@ -65,7 +67,7 @@ def nn_batch_normalization(
         ) from None
     x = jnp.broadcast_to(x, shape)
     aligned = (None if a is None else of_rank(a, len(shape)) for a in arrays)
-    return normalize_aligned(x, *aligned, epsilon=variance_epsilon, dtype=None)
+    return normalize_aligned(x, *aligned, epsilon=epsilon, dtype=None)
 
 
 def fused_batch_norm(
@@ -130,6 +132,7 @@ def fused_batch_norm(
             f"is_training={is_training}. Training takes the moments of x, inference those "
             "that it is given."
         )
+    epsilon = as_number("epsilon", epsilon, "0.001 is usual.")
     kernel = Implementation(fused=True, layer_class=False)
     # With momentum 0 the new state equals the moments of the batch.
     bn = BatchNorm(feature_axes=axis, momentum=0.0, epsilon=kernel.floor(epsilon), ddof=1)

@@ -10,6 +10,7 @@ from jaxbn._dtypes import as_float
 from jaxbn._layers.checks import split_mode
 from jaxbn._sharding import broadcast_like, split_like
 from jaxbn._typing import Array, ArrayLike, Key
+from jaxbn._values.canonical import as_settled, known
 
 SCALED_AT = ("training", "inference")
 
@@ -47,7 +48,8 @@ def dropout(
         An array of the shape and dtype of x.
 
     Raises:
-        TypeError: x is not floating or complex; training is not a boolean.
+        TypeError: x is not floating or complex; rate is not a scalar; training is not a
+            boolean.
         ValueError: rate lies outside [0, 1); an axis is out of range; scaled_at is
             unknown.
 
@@ -65,7 +67,9 @@ def dropout(
     second convention.
     """
     x = as_float(x)
-    if not isinstance(rate, jax.Array) and not 0 <= rate < 1:
+    rate = as_settled("rate", rate, "It is the share that is dropped, such as 0.1.")
+    value = known(rate)
+    if value is not None and not 0 <= value < 1:
         raise ValueError(
             f"rate must lie in [0, 1), got {rate}. It is the share that is dropped; the "
             "share that is kept, TensorFlow's keep_prob, is 1 - rate."

@@ -1,0 +1,1 @@
+"""What hyperparameters are made of: canonical numbers and flags, and how values travel."""
