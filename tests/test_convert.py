@@ -427,7 +427,8 @@ def test_a_model_is_reported_as_a_table():
     table = str(found)
     for line in (
         r"^bn1 +4 +float32 +weight bias running_mean running_var +running_var is 0 in 1 ",
-        r"^blocks.0.bn +2 +float32 +running_mean running_var num_batches_tracked$",
+        r"^blocks.0.bn +2 +float32 +running_mean running_var num_batches_tracked +"
+        r"running_mean widened from float16 to float32; running_var widened from float16 ",
         r"^stem.weight +4x3x3x3 +float32$",
         r"^batch norms: 2, of 7 arrays; left: 3$",
     ):

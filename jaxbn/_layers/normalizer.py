@@ -57,7 +57,7 @@ class Normalizer(Protocol[Params, State]):
         >>> @jax.tree_util.register_static
         ... @dataclasses.dataclass(frozen=True)
         ... class RootMeanSquareNorm(jaxbn.Normalizer):
-        ...     momentum: float = 0.9
+        ...     momentum: float = 0.5
         ...     def init(self, num_features):
         ...         one = jnp.ones(num_features)
         ...         return jaxbn.BatchNormParams(one, None), jaxbn.BatchStats(0 * one, one)
@@ -71,7 +71,7 @@ class Normalizer(Protocol[Params, State]):
         >>> params, state = norm.init(1)
         >>> y, state = norm.apply(params, state, jnp.array([[3.0], [4.0]]), training=True)
         >>> print(y.round(1).ravel(), state.mean)
-        [0.8 1.1] [0.35]
+        [0.8 1.1] [1.75]
 
     Attributes:
         feature_axes: The axis or axes that keep statistics of their own.
