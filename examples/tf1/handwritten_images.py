@@ -203,7 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def test() -> tuple[float, float]:
         """Returns loss and accuracy with the averages as they are."""
         runs = [step(session, batch, 0.0, args.momentum, False) for batch in test_batches]
-        return np.mean([run[1] for run in runs]), np.mean([run[2] for run in runs])
+        loss, accuracy = (float(np.mean([run[i] for run in runs])) for i in (1, 2))
+        return loss, accuracy
 
     table = []
     steps = _images.shuffled_batches(
