@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbn._dtypes import upcast, widest
+from jaxbn._dtypes import at_least_float32, upcast, widest
 from jaxbn._kernels import accelerator, cpu
 from jaxbn._kernels.accelerator import (
     Reduction,
@@ -125,16 +125,12 @@ def sums(
 
 
 def _moments_types(axes: tuple[int, ...], of: Reduction) -> tuple[Any, ...]:
-    return (_vector_type(of.x, axes, sum_dtype(of.x)),) * 3
+    return (_vector_type(of.x, axes, at_least_float32(of.x.dtype)),) * 3
 
 
 def _sums_types(axes: tuple[int, ...], of: Sums) -> tuple[Any, ...]:
-    return (_vector_type(of.x, axes, widest(sum_dtype(of.x), sum_dtype(of.t))),) * 2
-
-
-def sum_dtype(x: Any) -> Any:
-    """Returns the dtype in which sums over x are accumulated."""
-    return widest(x.dtype, jnp.dtype(jnp.float32))
+    dtype = at_least_float32(widest(of.x.dtype, of.t.dtype))
+    return (_vector_type(of.x, axes, dtype),) * 2
 
 
 def _vector_type(x: Any, axes: tuple[int, ...], dtype: Any) -> Any:
