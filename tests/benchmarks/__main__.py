@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks --quick
     python -m tests.benchmarks --json run.json --plot roofline.png
-    python -m tests.benchmarks --read run.json --markdown docs/performance.md
+    python -m tests.benchmarks --read run.json --markdown docs/performance_tables.md
 
 docs/performance.md tells how the times are taken and what they mean.
 """
