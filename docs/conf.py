@@ -82,6 +82,8 @@ def setup(app):
     app.connect("include-read", localize_included)
     app.connect("viewcode-follow-imported", defining_module)
     app.connect("autodoc-process-signature", plain_defaults)
+    # Before napoleon reads the sections.
+    app.connect("autodoc-process-docstring", fields_as_parameters, priority=100)
 
 
 def copy_mathjax(app, error):
@@ -103,6 +105,8 @@ def localize(app, docname, source):
     for page in app.env.found_docs:
         file = Path(app.env.doc2path(page)).name
         text = text.replace(f"]({SITE}/{page}.html", f"]({file}")
+    # Doctests end with an empty line that is not to be seen.
+    text = re.sub(r"^(```python\n>>>.*?)\n+```$", r"\1\n```", text, flags=re.S | re.M)
     source[0] = text.replace(f"]({RAW}/docs/", "](")
 
 
@@ -131,3 +135,9 @@ def plain_defaults(app, what, name, obj, options, signature, returned):
         signature = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", signature)
         signature = re.sub(r"<function (?:[\w.]+\.)?(\w+) at 0x\w+>", r"\1", signature)
     return signature, returned
+
+
+def fields_as_parameters(app, what, name, obj, options, lines):
+    """Shows the fields of a value as the arguments that they are when it is made."""
+    if what == "class" and not getattr(obj, "_is_protocol", False):
+        lines[:] = ["Args:" if line == "Attributes:" else line for line in lines]

@@ -25,9 +25,9 @@ MODULES = ["jaxbn"] + [
     if not module.name.startswith("_")
 ]
 DIRECTIVE = re.compile(
-    r"^\.\. auto(?:class|function|data|exception):: (\S+)(?:\n +:members: (.+))?",
-    re.MULTILINE,
+    r"^\.\. auto(?:class|function|data|exception):: (\S+)$((?:\n| {3}.*\n)*)", re.MULTILINE
 )
+MEMBER = re.compile(r"^ {3}\.\. auto(?:method|property):: (\w+)$", re.MULTILINE)
 # Fields that a framework adds to every module of its own.
 OF_FRAMEWORKS = {"parent", "name"}
 
@@ -35,9 +35,9 @@ OF_FRAMEWORKS = {"parent", "name"}
 def directives():
     """Returns (page, name, shown members) for each entry of the API reference."""
     return [
-        (page.name, name, [member.strip() for member in members.split(",") if member])
+        (page.name, name, MEMBER.findall(rest))
         for page in sorted(DOCS.glob("*.md"))
-        for name, members in DIRECTIVE.findall(page.read_text())
+        for name, rest in DIRECTIVE.findall(page.read_text())
     ]
 
 
