@@ -3,7 +3,7 @@
     python -m tests.benchmarks --quick
     python -m tests.benchmarks --json run.json --plot roofline.png
     python -m tests.benchmarks --gpu --minutes 8 --json gpu.json
-    python -m tests.benchmarks --read run.json --markdown docs/performance.md
+    python -m tests.benchmarks --read run.json --markdown docs/performance_tables.md
 
 docs/performance.md tells how the times are taken and what they mean.
 """
