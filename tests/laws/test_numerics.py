@@ -1,5 +1,7 @@
 """What the numbers must do where others lose them: large means, NaN, nothing to average."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,3 +202,22 @@ def test_without_feature_axes_everything_is_one_feature():
     want = (wide - wide.mean()) / np.sqrt(wide.var() + bn.epsilon)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.mean, 0.01 * wide.mean(), rtol=1e-5)
+
+
+def test_a_huge_value_of_weight_0_changes_nothing():
+    x, weights = normal(1.0, 1.0, rows=8), jnp.ones(8).at[3].set(0)
+    want = jaxbn.moments(jnp.asarray(x), weights=weights)
+    huge = np.where(np.arange(8)[:, None] == 3, np.float32(1e30), x)  # its square is inf
+    got = jaxbn.moments(jnp.asarray(huge), weights=weights)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_y_of_half_precision_is_rounded_once(dtype):
+    x = jnp.asarray(normal(200.3, 5.0, rows=64)).astype(dtype)
+    bn = jaxbn.BatchNorm()
+    y, _ = bn.apply(*bn.init(4), x, True)
+    wide = np.asarray(x, np.float64)
+    want = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + bn.epsilon)
+    rounding = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=rounding, atol=1e-6)
