@@ -373,7 +373,10 @@ NORMALIZERS = {
     "debiased": jaxbn.BatchNorm(momentum=0.9, debias=True),
     "cumulative": jaxbn.BatchNorm(momentum=None, ddof=1),
     "renorm": jaxbn.BatchRenorm(jaxbn.BatchNorm(momentum=0.9)),
-    "ghost": jaxbn.GhostBatchNorm(jaxbn.BatchNorm(momentum=0.9, ddof=1), 7),
+    # What is gathered is the whole batch, however a step alone would track it.
+    "ghost": jaxbn.GhostBatchNorm(
+        jaxbn.BatchNorm(momentum=0.9, ddof=1), 7, tracking="averaged"
+    ),
 }
 MICRO = DATA.reshape(7, 14, 6)
 MICRO_WEIGHTS = WEIGHTS.reshape(7, 14)

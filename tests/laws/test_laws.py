@@ -53,7 +53,7 @@ CASES = {
             tracking="averaged",
         ),
         (4, 2, 3),
-        None,
+        (4, 3),
     ),
     "ghosts_weighted": (jaxbn.GhostBatchNorm(jaxbn.BatchNorm(), 2), (4, 3, 2), (4, 3)),
     "ghosts_renorm": (

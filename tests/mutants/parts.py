@@ -45,7 +45,7 @@ MUTANTS = [
             "a feature that the batch lacks is corrected",
             "return jnp.where(count > 0, r, 1), jnp.where(count > 0, d, 0)",
             "return r, d",
-            "tests/laws/test_variants.py tests/laws/test_laws.py -k renorm",
+            "tests/laws/test_variants.py -k lacks",
         ),
     ),
     *of(
@@ -189,7 +189,7 @@ MUTANTS = [
             "TensorFlow's ghost batches are neighbours",
             'self.virtual_batch_size, layout="strided", tracking="averaged"',
             'self.virtual_batch_size, layout="contiguous", tracking="averaged"',
-            f"{GOLDEN} 'tf1 and virtual'",
+            f"{GOLDEN} 'tf1 and vbs'",
         ),
     ),
     *of(

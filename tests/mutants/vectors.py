@@ -28,13 +28,13 @@ MUTANTS = [
             "averaged ghost batches are weighted by their counts",
             "share = used / jnp.maximum(used.sum(0), 1)[None]",
             "share = parts.count / divisor(count)[None]",
-            "tests/laws/test_laws.py -k 'oracle and ghosts'",
+            "tests/laws/test_laws.py -k 'oracle and ghosts_strided'",
         ),
         (
             "pooled ghost batches lose what rounding left out of their means",
             "apart = (parts.mean - around[None]) + parts.rest",
             "apart = parts.mean - around[None]",
-            "tests/laws/test_precision.py -k ghosts-one_device",
+            "tests/laws/test_precision.py -k ghosts_renorm",
         ),
         (
             "pooled variances leave out how far the means lie apart",
@@ -97,7 +97,7 @@ MUTANTS = [
             "a gradient flows into the running statistics",
             "state, batch = lax.stop_gradient((state, batch))\n    batch = like_state",
             "batch = like_state",
-            "tests/laws/test_numerics.py -k 'state' tests/laws/test_laws.py",
+            f"{NUMERICS} -k running_statistics",
         ),
     ),
     *of(
@@ -124,7 +124,7 @@ MUTANTS = [
             "the variance of devices forgets the distance of their means backward",
             "count * tvar + 2 * count * apart * tmean",
             "count * tvar",
-            "tests/laws/test_sync.py -k 'pieces or gradient or moments'",
+            "tests/laws/test_sync.py -k pooled_moments",
         ),
         (
             "groups of devices are ignored",
@@ -135,14 +135,14 @@ MUTANTS = [
         (
             "groups without JAX's help read the slot of another group",
             "== jnp.arange(len(groups))",
-            "!= jnp.arange(len(groups))",
+            ">= jnp.arange(len(groups))",
             "tests/laws/test_sync.py -k groups_share",
         ),
         (
             "complex means lose their imaginary part between devices",
             "mean, rest = (lax.complex(a[0], a[1]) for a in (mean, rest))",
             "mean, rest = (lax.complex(a[0], 0 * a[1]) for a in (mean, rest))",
-            "tests/laws/test_sync.py tests/laws/test_numerics.py -k complex",
+            "tests/laws/test_sync.py -k pooled_moments",
         ),
     ),
     *of(
@@ -169,16 +169,10 @@ MUTANTS = [
             f"{NUMERICS} -k nothing_to_average",
         ),
         (
-            "every batch is taken for one that holds something",
-            "weights is None and all(isinstance(n, int) and n > 0 for n in x.shape)",
-            "weights is None",
-            f"{NUMERICS} -k nothing_to_average",
-        ),
-        (
             "the adjustment comes before the correction",
             "given_pairs = _correction(plan, batch, correcting), given.adjustment",
             "given_pairs = given.adjustment, _correction(plan, batch, correcting)",
-            "tests/laws/test_variants.py -k adjustment",
+            "tests/laws/test_variants.py -k follows_the_correction",
         ),
         (
             "the scale leaves out the offset",
@@ -230,12 +224,6 @@ MUTANTS = [
             'refuse_half(state, "state")',
             "pass",
             "tests/test_mixed_precision.py -k refuses",
-        ),
-        (
-            "a gradient flows through the running statistics of two steps",
-            "frozen = lax.stop_gradient((state, options))",
-            "frozen = state, options",
-            "tests/laws/test_laws.py -k 'gradients_equal and renorm'",
         ),
     ),
 ]
