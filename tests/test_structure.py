@@ -117,8 +117,13 @@ def in_tiles(axes, of, whole):
     return cpu._tiled_moments(axes, of, tiles.cut_of(of.x.shape, axes, 4))
 
 
+def sampled(axes, of, whole):
+    return accelerator.moments(axes, of, True)
+
+
 @pytest.mark.parametrize(
-    "formulation", [cpu.moments, accelerator.moments, accelerator.two_pass, in_tiles]
+    "formulation",
+    [cpu.moments, accelerator.moments, sampled, accelerator.two_pass, in_tiles],
 )
 @pytest.mark.parametrize("mean", [0.0, 3.0, 1e2, 1e4, "far apart"])
 @pytest.mark.parametrize("shape", [(64, 64, 4), (8192, 4), (8191, 4)])
