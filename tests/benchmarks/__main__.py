@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     counted = [name for name in accelerators.MODULES if getattr(args, f"bytes_{name}")]
-    _check_files(parser, args, [f"bytes {name}" for name in counted] or ["times"])
+    section = "gpu" if args.gpu else "times"
+    _check_files(parser, args, [f"bytes {name}" for name in counted] or [section])
     if counted:
         _count_bytes(args, counted)
         return
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         elsewhere = ["torch"] if args.torch_python else []
         found = measure(rows, args, installed(args.peers, tell, elsewhere))
-    _deliver(args, "times", report.times(found))
+    _deliver(args, section, report.times(found))
     if args.plot:
         roofline.draw(found["rows"], args.plot)
         tell(f"Wrote {args.plot}.")
