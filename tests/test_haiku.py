@@ -202,3 +202,27 @@ def test_norm_runs_a_normalizer_of_ones_own():
     y, state = model.apply(params, state, None, X, True)
     near(y, X - X.mean(0, keepdims=True), 1e-6)
     near(state["norm"]["state"], 0.1 * X.mean(0, keepdims=True), 1e-6)
+
+
+def test_channels_may_be_sharded_on_an_explicit_mesh():
+    kinds_of_axes = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh(
+        (2, 3), ("data", "model"), kinds_of_axes, devices=jax.devices()[:6]
+    )
+    init, apply = compiled()
+    params, state = init(None, X, True)
+    want = apply(params, state, None, X, True)
+    spec = jax.sharding.PartitionSpec
+    place = lambda leaf: jax.device_put(
+        leaf, jax.NamedSharding(mesh, spec(None, "model") if leaf.ndim else spec())
+    )
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, jax.NamedSharding(mesh, spec("data", "model")))
+        placed = jax.tree.map(place, (params, state))
+        y, after = apply(*placed, None, x, True)
+        near((y, after), want)
+        near(
+            apply(placed[0], after, None, x, False),
+            (apply(params, want[1], None, X, False)),
+        )
+    assert after["batch_norm/~/var_ema"]["average"].sharding.spec == spec(None, "model")

@@ -100,8 +100,7 @@ def _check_fields(name: str, value: Any, made: Any, shape: Shape) -> None:
         return
     for field, want, got in zip(made._fields, made, value, strict=True):
         want, got = (None if a is None else jnp.shape(a) for a in (want, got))
-        conditional = name == "params" and want is not None and got is not None
-        if conditional and _broadcasts(got, shape):
+        if name == "params" and want is not None and _broadcasts(got, shape):
             continue
         if want != got:
             axis = axis_of(got, want, shape)
@@ -141,10 +140,12 @@ def check_adjustment(adjustment: PairLike, features: Shape, shape: Shape) -> Non
             )
 
 
-def _broadcasts(got: Shape, shape: Shape) -> bool:
+def _broadcasts(got: Shape | None, shape: Shape) -> bool:
     """Tells whether an array of shape `got` has the rank of x, and broadcasts to it."""
-    return len(got) == len(shape) and all(
-        have in (1, want) for have, want in zip(got, shape, strict=True)
+    return (
+        got is not None
+        and len(got) == len(shape)
+        and all(have in (1, want) for have, want in zip(got, shape, strict=True))
     )
 
 

@@ -39,7 +39,8 @@ class CountedStats(NamedTuple):
     def pooled(self, pool: Any) -> "CountedStats":
         """Returns the state of replicas pooled into one; `pool` pools moments."""
         batches, _ = pool(self.batches, jnp.zeros_like(self.batches))
-        return CountedStats(*pool(self.mean, self.var), batches)
+        mean, var = pool(self.mean, self.var)
+        return CountedStats(mean, var, batches)
 
     def hidden(self, momentum: float | Array) -> Pair:
         """Returns the averages before they are debiased."""

@@ -47,9 +47,10 @@ def join(entry: Any, seen: Array) -> BatchStats | Gathered:
     """Returns the state of the core's layer, which gathers if the entry does."""
     before, now = seen
     if not isinstance(entry, Gathered):
-        return BatchStats(*entry, now)
+        return BatchStats(entry.mean, entry.var, now)
     before = jnp.where(entry.batch.count > 0, before, now)
-    stats, start = BatchStats(*entry.stats, now), BatchStats(*entry.start, before)
+    stats = BatchStats(entry.stats.mean, entry.stats.var, now)
+    start = BatchStats(entry.start.mean, entry.start.var, before)
     return Gathered(stats, start, entry.batch)
 
 

@@ -1,6 +1,7 @@
 """Batch normalization for Haiku: change the import, keep everything else."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import haiku as hk
 import jax
@@ -192,7 +193,9 @@ class BatchNorm(hk.Module):
             params = jax.tree.map(lambda leaf: leaf[None], params)
         # While the variables are made, there may be no mapped axis yet.
         axis_name = None if hk.running_init() else self.cross_replica_axis
-        traced = isinstance(self.decay_rate, jax.Array)
+        # A number is a setting of the layer; a traced one, or an array, goes to the call.
+        by_call = isinstance(self.decay_rate, jax.Array)
+        settings: Any = {} if by_call else {"momentum": self.decay_rate}
         bn = batch_norm(
             feature_axes=axes,
             epsilon=positive(self.eps),
@@ -201,9 +204,9 @@ class BatchNorm(hk.Module):
             axis_name=axis_name,
             axis_index_groups=axis_name and self.cross_replica_axis_index_groups,
             dtype=dtype,
-            **({} if traced else {"momentum": self.decay_rate}),
+            **settings,
         )
-        options = {"momentum": self.decay_rate} if traced else {}
+        options = {"momentum": self.decay_rate} if by_call else {}
         y, state = CountedBatchNorm(bn).apply(
             params, state, x, training, weights=weights, **options
         )
@@ -212,7 +215,7 @@ class BatchNorm(hk.Module):
     def _feature_axes(self, ndim: int) -> tuple[int, ...]:
         if self.axis is None:
             return feature_axes(self.channel_index, ndim) if ndim else ()
-        reduced = feature_axes(self.axis, ndim)
+        reduced = feature_axes(tuple(self.axis), ndim)
         return tuple(axis for axis in range(ndim) if axis not in reduced)
 
     def _read(
