@@ -46,7 +46,7 @@ ROWS = [(lib, style) for style in ("jit", "shard_map") for lib in ("jaxbn", "fla
 SENT = (1, 2), (11, 13)
 # Vectors forward where GROUP neighbours share statistics, by how the groups are named.
 GROUPED = {
-    "two mesh axes": ({"groups": "mesh"}, lambda devices: 9),
+    "two mesh axes": ({"groups": "mesh"}, lambda devices: 11),
     "axis_index_groups, check_vma=False": (
         {"groups": "index", "check_vma": False},
         lambda devices: 11,
