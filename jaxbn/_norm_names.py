@@ -89,7 +89,7 @@ def spellings(
 
 def split_name(name: str) -> tuple[str, ...]:
     """Returns the nodes of a name that is joined by dots or slashes, without endings."""
-    name = _ENDING.sub("", name)
+    name = _KIND.sub("", _ENDING.sub("", name))
     # MXNet joins a layer and its array by an underscore.
     name = _JOINED.sub(r"/\1", name)
     return tuple(node for node in _SEPARATOR.split(name) if node)
@@ -110,25 +110,8 @@ def without_wrappers(layer: str, separator: str) -> str:
     return separator.join(node for node in nodes if node not in WRAPPERS)
 
 
-def looks_like_statistics(name: str) -> bool:
-    """Tells whether an array is named as the running statistics of a norm are."""
-    nodes = split_name(name)
-    return any(
-        nodes[-len(tail) :] == tail
-        for role in ("mean", "var", "std", "renorm_mean", "renorm_std")
-        for tail in (tuple(n.split("/")) for n in names_of_role(role))
-    )
-
-
 _SEPARATOR = re.compile(r"[./]")
 _ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})$")
-_JOINED = re.compile(
-    "_("
-    + "|".join(
-        names[role]
-        for names in (TORCH, TENSORFLOW)
-        for role in ("scale", "bias", "mean", "var")
-        if names[role] not in JAXBN.values() and names[role] != "weight"
-    )
-    + "|moving_var)$"
-)
+_JOINED = re.compile(r"_(gamma|beta|(?:moving|running)_(?:mean|var|variance))$")
+# MXNet tells params and statistics apart before the name.
+_KIND = re.compile("^(arg|aux):")

@@ -168,7 +168,7 @@ def as_mapping(arrays: Any) -> Any:
         if path in named:
             raise ValueError(
                 f"two variables have the path {path!r}, and a dict would lose one. Pass "
-                "the variables of one part of the model after the other, or name the layers "
+                "the variables of one part of the model after the other, or name layers "
                 "apart."
             )
         named[path] = variable

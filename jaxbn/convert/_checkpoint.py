@@ -21,7 +21,7 @@ class Checkpoint:
         ...     path = pathlib.Path(folder, "model.npz")
         ...     np.savez(path, scale=np.ones(3), author=np.array("me"))
         ...     print(convert.read(path))
-        .../model.npz: npz, 1 array
+        /...model.npz: npz, 1 array
         left out: author (array of texts)
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 # Limits against hostile files; no real checkpoint comes near them.
 DEPTH, ENTRIES = 64, 1_000_000
 _SHOWN = 4
+_PLAIN = (int, float, complex, str, bytes, type(None))
 
 
 class RefusedError(ValueError):
@@ -72,6 +73,12 @@ class Contents:
         self.reserve(math.prod(shape) * np.dtype(dtype).itemsize)
         return True
 
+    def leave(self, name: str, value: Any, kind: str = "") -> None:
+        """Lists something that is no array, unless it is a plain number or text."""
+        self.count()
+        if not isinstance(value, _PLAIN):
+            self.left_out[name] = kind or type(value).__name__
+
     def leaves(
         self, tree: Any, name: str = "", depth: int = 0
     ) -> Iterator[tuple[str, Any]]:
@@ -94,17 +101,23 @@ class Contents:
                 inner = self.numeric(value, path, depth + 1)
                 if inner:
                     result[key] = inner
-            elif not isinstance(value, np.ndarray):
-                self.count()
-                self.left_out[path] = type(value).__name__
+            elif not isinstance(value, (np.ndarray, np.generic)):
+                self.leave(path, value)
             elif self.takes(path, value.shape, value.dtype):
-                result[key] = value
+                result[key] = np.asarray(value)
         return result
 
     def _descend(self, depth: int) -> None:
         self.count()
         if depth > DEPTH:
             raise ValueError(f"it is nested deeper than {DEPTH} levels")
+
+    def check_files(self, files: Iterable[Path]) -> None:
+        """Raises unless all are files or folders: a pipe or a device never ends."""
+        for file in files:
+            self.count()
+            if not (file.is_file() or file.is_dir()):
+                raise ValueError(f"{file} is neither a file nor a folder")
 
     def check(self) -> None:
         """Raises if nothing was found."""

@@ -72,10 +72,13 @@ def _is_msgpack(probe: Probe) -> bool:
 
 
 def _is_onnx(probe: Probe) -> bool:
-    # The version, then the producer, the graph or another field of the model.
+    # The version, from 3 on, then the producer, the graph or another field of the model.
     head = probe.head
     return (
-        head[:1] == b"\x08" and 0 < head[1] < 64 and head[2:3] in b"\x12\x1a\x22\x28\x32:B"
+        len(head) > 2
+        and head[0] == 8
+        and 2 < head[1] < 64
+        and head[2] in b"\x12\x1a\x22\x28\x32:B"
     )
 
 

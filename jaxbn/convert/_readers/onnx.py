@@ -25,7 +25,7 @@ def read_onnx(file: BinaryIO, contents: Contents) -> None:
     if contents.limit is not None and size > contents.limit:
         raise ValueError(f"its {size} bytes are more than max_bytes={contents.limit}")
     file.seek(0)
-    model = onnx.load_model(file, load_external_data=False)
+    model = onnx.load_model(file, format="protobuf", load_external_data=False)
     nodes, arrays = [], {}
     for graph in _graphs(model.graph, contents, 0):
         nodes += graph.node

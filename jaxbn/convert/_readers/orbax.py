@@ -20,6 +20,7 @@ LEGACY = "checkpoint"
 def read_orbax(path: Path, contents: Contents) -> None:
     """Adds the tree of a checkpoint, or of several items a dict of them, or raises."""
     items = items_of(path)
+    contents.check_files(path.rglob("*"))
     for item in items:
         tree = contents.numeric(_read(item, contents), "" if item == path else item.name)
         if len(items) == 1:
@@ -80,8 +81,8 @@ def _read(item: Path, contents: Contents) -> Any:
             "pip install 'jaxbn[diagnose]', or pip install orbax-checkpoint."
         ) from error
     level = logging.getLogger("absl").level
-    # Orbax warns that an item alone is not a whole checkpoint.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs that an item alone is not a whole checkpoint, and reads it all the same.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             saved = checkpointer.metadata(item.resolve()).item_metadata

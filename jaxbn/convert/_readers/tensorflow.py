@@ -1,5 +1,7 @@
 """Reads checkpoints of TensorFlow 1 and 2 where TensorFlow is installed."""
 
+import glob
+import re
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -8,6 +10,8 @@ import numpy as np
 from jaxbn.convert._readers.contents import Contents, RefusedError
 
 _INDEX = ".index"
+_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+_NUMBERED = re.compile(r"(^|/)\d+/\.ATTRIBUTES/VARIABLE_VALUE$")
 _RECIPE = (
     "Where it is installed, write the arrays once: "
     'r = tf.train.load_checkpoint("model.ckpt"); np.savez("model.npz", '
@@ -17,20 +21,44 @@ _RECIPE = (
 
 def read_tensorflow(prefix: str, contents: Contents) -> None:
     """Adds the variables of the checkpoint whose files begin with `prefix`, or raises."""
+    place = Path(prefix + _INDEX)
+    contents.check_files(
+        place.parent.glob(glob.escape(place.name.removesuffix(_INDEX)) + ".*")
+    )
     try:
         import tensorflow as tf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"{prefix} is a checkpoint of TensorFlow, which is not installed. {_RECIPE}."
         ) from error
-    reader = tf.train.load_checkpoint(prefix)
+    # load_checkpoint takes a prefix without a name, as `folder/`, for the folder.
+    reader = tf.compat.v1.train.NewCheckpointReader(prefix)
     dtypes = reader.get_variable_to_dtype_map()
-    for name, shape in sorted(reader.get_variable_to_shape_map().items()):
-        dtype = dtypes[name]
+    shapes = reader.get_variable_to_shape_map()
+    names = _full_names(reader.get_tensor(_GRAPH)) if _GRAPH in shapes else {}
+    for key, shape in sorted(shapes.items()):
+        dtype, name = dtypes[key], names.get(key, key)
+        if name in contents.arrays:
+            name = key
         if dtype in (tf.string, tf.resource, tf.variant):
             contents.left_out[name] = "array of texts"
         elif contents.takes(name, tuple(shape), dtype.as_numpy_dtype):
-            contents.arrays[name] = np.asarray(reader.get_tensor(name))
+            contents.arrays[name] = np.asarray(reader.get_tensor(key))
+
+
+def _full_names(graph: bytes) -> dict[str, str]:
+    """Returns what variables are called whose place in the object graph is a number."""
+    from tensorflow.core.protobuf import (  # pyright: ignore[reportMissingImports]
+        trackable_object_graph_pb2,
+    )
+
+    nodes = trackable_object_graph_pb2.TrackableObjectGraph.FromString(graph).nodes
+    return {
+        value.checkpoint_key: value.full_name
+        for node in nodes
+        for value in node.attributes
+        if value.full_name and _NUMBERED.search(value.checkpoint_key)
+    }
 
 
 def refuse_index(file: BinaryIO, contents: Contents) -> NoReturn:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NoReturn
 from jaxbn.convert._arrays import from_tensor
 from jaxbn.convert._readers.contents import Contents, RefusedError
 from jaxbn.convert._readers.npz import members
-from jaxbn.convert._readers.numpy_pickles import StandIn, StandInArray, stand_ins
+from jaxbn.convert._readers.numpy_pickles import StandInArray, stand_ins
 
 _GLOBAL = re.compile(r"(?:global|GLOBAL):? ?(?:GLOBAL )?([\w.]+)")
 
@@ -36,8 +36,7 @@ def read_torch(file: BinaryIO, contents: Contents) -> None:
             contents.reserve(leaf.numel() * leaf.element_size())
             contents.arrays[name] = from_tensor(name, leaf)
         else:
-            kind = leaf.kind if isinstance(leaf, StandIn) else type(leaf).__name__
-            contents.left_out[name] = kind
+            contents.leave(name, leaf, getattr(leaf, "kind", ""))
 
 
 def refuse_torchscript(file: BinaryIO, contents: Contents) -> NoReturn:
