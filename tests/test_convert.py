@@ -28,7 +28,8 @@ F = np.float32
 DECAY = 0.9
 LIBRARIES = ("equinox", "flax", "haiku", "keras", "tf1", "torch")
 PUBLIC = {f"{verb}_{name}" for verb in ("find", "from", "to") for name in LIBRARIES}
-PUBLIC |= {"CheckpointError", "Converted", "EmaBatchNorm", "Found", "load", "save"}
+PUBLIC |= {"Checkpoint", "CheckpointError", "Converted", "EmaBatchNorm", "Found"}
+PUBLIC |= {"load", "read", "save"}
 
 
 def recorded(names, folder=Path(__file__).parent / "golden"):

@@ -7,7 +7,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
-from jaxbn.convert._array_names import Naming, flatten
+from jaxbn.convert._array_names import Naming, as_mapping, flatten
 from jaxbn.convert._converted import Layer, Read, Write, read_layer, write_one
 
 Options = ParamSpec("Options")
@@ -103,6 +103,7 @@ def find(
     naming: Naming, tree: Mapping[str, Any], read: Read[Layer], write: Write
 ) -> Found[Layer]:
     """Returns all batch norms of a model, or raises with all that is wrong with them."""
+    tree = as_mapping(tree)
     flat = flatten(tree, naming.separator)
     layers, wrong, taken = {}, [], set()
     for name, spellings in naming.layers(flat).items():

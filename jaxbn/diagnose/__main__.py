@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxbn.convert import load
+from jaxbn.convert import read
 from jaxbn.diagnose._diagnose import diagnose
 
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "checkpoint",
-        help="a .safetensors, .npz, .pth, .pt or .bin file, or a folder written by Orbax",
+        help="a file or folder of any format that docs/convert.md lists",
     )
     parser.add_argument("--steps", type=int, help="training steps that the model took")
     parser.add_argument("--momentum", type=float, help="the decay of its layers")
@@ -28,13 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", metavar="FILE", help="also draw the layers")
     options = parser.parse_args(arguments)
     try:
+        checkpoint = read(options.checkpoint)
         report = diagnose(
-            load(options.checkpoint),
+            checkpoint.arrays,
             steps=options.steps,
             momentum=options.momentum,
             epsilon=options.epsilon,
         )
-        print(report)
+        print(checkpoint, report, sep="\n\n")
         if options.plot is not None:
             report.plot(options.plot)
     except (ImportError, OSError, TypeError, ValueError) as error:

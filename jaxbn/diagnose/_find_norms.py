@@ -8,14 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbn._norm_names import names_of_role
+from jaxbn._norm_names import names_of_role, split_name
 from jaxbn._param_roles import names_of
 from jaxbn._typing import PyTree
 
 Names = tuple[str, ...]
-
-# PyTorch joins the names of a path with dots, Keras and Haiku with slashes.
-_SPLIT = re.compile(r"[./]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +149,8 @@ def _without(path: Names, endings: tuple[str, ...]) -> Names | None:
 
 
 def _split(names: Names) -> Names:
-    """Returns the nodes of a path, those within a flat name and a tensor's :0 included."""
-    nodes = [node for name in names for node in _SPLIT.split(name.removesuffix(":0"))]
-    return tuple(node for node in nodes if node)
+    """Returns the nodes of a path, those within a flat name included."""
+    return tuple(node for name in names for node in split_name(name))
 
 
 def _as_float64(array: Any, base: Names) -> np.ndarray:
