@@ -367,6 +367,19 @@ def test_a_report_is_a_table_and_a_picture(tmp_path):
     assert str(report.findings[0]).startswith("bn0: momentum (error): ")
 
 
+def test_a_report_is_numbers_for_a_logger():
+    variables, _ = train(momentum=0.1)
+    numbers = diagnose(variables, run, batches()).to_dict()
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert numbers["layers/bn1/momentum"] == pytest.approx(0.9, abs=1e-5)
+    told = diagnose(variables, momentum=0.1).to_dict()
+    assert told["errors"] == told["found/momentum"] == 3
+    assert told["warnings"] == told["found/dead"] == 0
+    # What was not measured has no name, and what was not found has its 0.
+    assert not [name for name in told if name.startswith("layers/")]
+    assert {n for n in told if "found/" in n} == {n for n in numbers if "found/" in n}
+
+
 STYLES = {
     "torch": ("{}.{}", ("weight", "bias", "running_mean", "running_var")),
     "keras": ("model/{}/{}", ("gamma", "beta", "moving_mean", "moving_variance")),

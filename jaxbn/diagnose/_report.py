@@ -71,6 +71,23 @@ class LayerReport:
 
 
 _NUMBERS = ("momentum", "shift", "stretch", "noise", "gap")
+# Every cause there is, so that a logger gets a curve of each from the first step on.
+CAUSES = (
+    "averaged-weights",
+    "dead",
+    "drift",
+    "exploding",
+    "gap",
+    "low-precision",
+    "momentum",
+    "negative-variance",
+    "never-updated",
+    "non-finite",
+    "replicas",
+    "small-batch",
+    "unconverged",
+    "unlike-batches",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +118,35 @@ class Report:
     def causes(self) -> set[str]:
         """The causes that were found."""
         return {finding.cause for finding in self.findings}
+
+    def to_dict(self) -> dict[str, float]:
+        """Returns the report as numbers under flat names, as loggers take them.
+
+        Returns:
+            `errors` and `warnings`, how many findings there are; `found/CAUSE`, the number
+            of layers with each cause, 0 included; and `layers/NAME/NUMBER` for what was
+            measured of a layer.
+
+        Example:
+            >>> import jaxbn
+            >>> from jaxbn.diagnose import diagnose
+            >>> numbers = diagnose(jaxbn.init(3)).to_dict()
+            >>> numbers["errors"], numbers["found/never-updated"], numbers["found/dead"]
+            (1, 1, 0)
+        """
+        severities = [finding.severity for finding in self.findings]
+        numbers: dict[str, float] = {
+            "errors": severities.count("error"),
+            "warnings": severities.count("warning"),
+        }
+        numbers |= {f"found/{cause}": 0 for cause in CAUSES}
+        for finding in self.findings:
+            numbers[f"found/{finding.cause}"] += 1
+        for row in self.layers:
+            for name in _NUMBERS:
+                if not math.isnan(number := getattr(row, name)):
+                    numbers[f"layers/{row.name}/{name}"] = number
+        return numbers
 
     def __str__(self) -> str:
         return "\n".join([*self._table(), *self._summary()])
