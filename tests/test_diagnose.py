@@ -177,8 +177,9 @@ def test_files_of_every_style_are_read(style, ending, tmp_path, capsys):
     assert re.search("bn0.* and 2 more", out)
     assert (tmp_path / "report.png").exists()
     write(arrays_of(style, train()[0]))
-    assert main([str(path), "--steps", "10", "--momentum", "0.99"]) == 1
-    assert "unconverged" in capsys.readouterr().out
+    slow = "0.01" if style == "torch" else "0.99"
+    assert main([str(path), "--steps", "10", "--momentum", slow]) == 1
+    assert "90% of the initial" in capsys.readouterr().out
 
 
 def test_folders_of_orbax_are_read(tmp_path, capsys):
