@@ -23,8 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a file or folder of any format that docs/convert.md lists",
     )
     parser.add_argument("--steps", type=int, help="training steps that the model took")
-    parser.add_argument("--momentum", type=float, help="the decay of its layers")
-    parser.add_argument("--epsilon", type=float, default=1e-5, help="default: 1e-5")
+    parser.add_argument(
+        "--momentum",
+        type=float,
+        help="that of its layers, as its framework counts: 0.1 for PyTorch's default",
+    )
+    parser.add_argument(
+        "--epsilon", type=float, help="that of its layers; default: its framework's"
+    )
     parser.add_argument("--plot", metavar="FILE", help="also draw the layers")
     options = parser.parse_args(arguments)
     try:
