@@ -262,6 +262,112 @@ def test_the_command_line_needs_no_flax(tmp_path):
         assert command[0] == "-m" or "set()" in done.stdout
 
 
+def named(*layers, **arrays):
+    """Returns arrays of PyTorch of layers, (name, value of the scale or None)."""
+    state = {}
+    for layer, weight in layers:
+        state[f"{layer}.running_mean"] = np.full(4, 0.1)
+        state[f"{layer}.running_var"] = np.full(4, 2.0)
+        if weight is not None:
+            state[f"{layer}.weight"] = np.full(4, weight)
+            state[f"{layer}.bias"] = np.zeros(4)
+    return state | arrays
+
+
+STATS = {"mean": np.full(4, 0.1), "var": np.full(4, 2.0)}
+SCALED = {"scale": np.r_[0.0, 1, 1, 1], "bias": np.zeros(4)}
+PLAIN = {"scale": np.ones(4), "bias": np.zeros(4)}
+# Trees, and how many dead channels each layer has by its own scale.
+OWN_ARRAYS = {
+    "a projector": (named(("fc.1", 0.0), ("fc.7", None)), {"fc/1": 4, "fc/7": 0}),
+    "live and averaged": (
+        {"model": named(("bn", 1.0)), "ema": named(("bn", 0.0))},
+        {"model/bn": 0, "ema/bn": 4},
+    ),
+    "averaged collections": (
+        {
+            "params": {"bn": PLAIN},
+            "batch_stats": {"bn": STATS},
+            "ema_params": {"bn": SCALED},
+            "ema_batch_stats": {"bn": STATS},
+        },
+        {"batch_stats/bn": 0, "ema_batch_stats/bn": 1},
+    ),
+    "averaged params alone": (
+        {
+            "ema_params": {"bn": SCALED},
+            "params": {"bn": PLAIN},
+            "batch_stats": {"bn": STATS},
+        },
+        {"bn": 0},
+    ),
+    "params and state": (({"bn": SCALED}, {"bn": STATS}), {"bn": 1}),
+    "a tuple of more": ((np.ones(3), SCALED, STATS, np.ones(4)), {"model": 1}),
+    "a layer norm beside it": ({"layers": {2: SCALED, 7: STATS}}, {"layers/7": 0}),
+    "observations": (({"bn": SCALED}, {"bn": STATS | {"count": 9.0}}), {"1/bn": np.nan}),
+}
+
+
+@pytest.mark.parametrize("name", OWN_ARRAYS)
+def test_each_layer_has_its_own_arrays(name):
+    tree, dead = OWN_ARRAYS[name]
+    rows = diagnose(tree).layers
+    assert {row.name for row in rows} == set(dead)
+    np.testing.assert_equal({row.name: row.dead for row in rows}, dead)
+
+
+def dead(scale, var):
+    """Returns the numbers of dead channels of two layers, the first of which is sound."""
+    arrays = named(("a", 1.0)) | {"b.running_mean": np.zeros(100), "b.running_var": var}
+    return [row.dead for row in diagnose(arrays | {"b.weight": scale}).layers]
+
+
+@pytest.mark.parametrize("number", [1, 40, 60, 90, 100])
+@pytest.mark.parametrize("small", [0.0, 1e-36, 1e-5])
+def test_a_layer_may_be_dead_mostly_or_wholly(number, small):
+    one, low = np.ones(100), np.where(np.arange(100) < number, small, 1.0)
+    assert dead(low, one) == [0, number]
+    assert dead(one, low**3) == [0, number]
+    # All scales may be small, as behind a residual branch that began at 0.
+    assert dead(one * 0.01, one) == [0, 0]
+
+
+# Whose arrays these are, and what its users write.
+WORDS = {
+    "linen": ({"batch_stats": {"bn": STATS | {"mean": np.full(4, np.nan)}}}, "jaxbn.linen"),
+    "nnx": (nnx.State({"bn": STATS | {"mean": np.full(4, np.nan)}}), "jaxbn.nnx"),
+    "torch": (named(("bn", 1.0), **{"bn.bias": np.full(4, np.nan)}), "update_bn"),
+    "keras": (
+        {"moving_mean": np.full(4, np.nan), "moving_variance": np.ones(4)},
+        r"3 / \(1 - momentum\) batches",
+    ),
+}
+
+
+@pytest.mark.parametrize("framework", WORDS)
+def test_remedies_are_in_the_words_of_the_framework(framework):
+    tree, word = WORDS[framework]
+    [finding] = diagnose(tree).findings
+    assert finding.cause == "non-finite"
+    assert re.search(word, finding.remedy), finding
+
+
+def test_defaults_are_those_of_the_framework():
+    few = named(("bn", 2.0), **{"bn.num_batches_tracked": np.int64(20)})
+    [finding] = diagnose(few).findings
+    assert (finding.cause, finding.severity) == ("unconverged", "question")
+    assert "with momentum=0.1, the default, 12% of the initial" in finding.message
+    # A running variance below the share that would be left refutes it.
+    assert diagnose(few | {"bn.running_var": np.full(4, 0.1)}).healthy
+    assert diagnose(few, momentum=0.2).healthy
+    assert diagnose(few, momentum=0.05).findings[0].severity == "error"
+    assert "Write momentum=0.1" in diagnose(few, momentum=0.9).findings[0].remedy
+    # Variances of 1e-10 vanish in an epsilon of 1e-3, and not in one of 1e-10.
+    keras = {"moving_mean": np.ones(4), "moving_variance": np.r_[1, 1, 1, 1e-10]}
+    assert diagnose(keras).causes == {"dead"}
+    assert diagnose(keras, epsilon=1e-10).healthy
+
+
 VARIABLES = init()
 NAN = jaxbn.BatchStats(jnp.zeros(2), jnp.array([1.0, -1.0]))
 

@@ -34,8 +34,8 @@ def find_dead(layers: Iterable[NormArrays], epsilon: float | None) -> list[Chann
     The yardstick lies outside the layer: in one that is mostly dead, so is its median.
     """
     spreads = [_spread(layer, epsilon) for layer in layers]
-    known = [spread for spread, _ in filter(None, spreads)]
-    model = _DEAD_IN_MODEL * _typical(np.concatenate(known) if known else np.zeros(0))
+    layers_put_out = [_typical(spread) for spread, _ in filter(None, spreads)]
+    model = _DEAD_IN_MODEL * float(np.quantile(layers_put_out or [0.0], 0.75))
     rows: list[Channels | None] = []
     for pair in spreads:
         if pair is None:

@@ -32,7 +32,7 @@ def draw(
             "Report.plot draws with matplotlib, which is not installed. Run "
             "pip install 'jaxbn[diagnose]'."
         ) from error
-    columns = [name for name in NUMBERS if any(map(_is_known(name), layers))]
+    columns = [name for name in NUMBERS if any(map(_is_told(name), layers))]
     columns = columns or ["features"]
     figure = Figure(
         figsize=(3 + 2.5 * len(columns), 1.5 + 0.22 * len(layers)),
@@ -64,5 +64,6 @@ def _column(axis: Any, name: str, layers: Sequence[LayerReport]) -> None:
     axis.set_title(name)
 
 
-def _is_known(name: str) -> Callable[[LayerReport], bool]:
-    return lambda row: not math.isnan(getattr(row, name))
+def _is_told(name: str) -> Callable[[LayerReport], bool]:
+    # No dead features at all are told by the absence of their column.
+    return lambda row: abs(getattr(row, name)) >= (1 if name == "dead" else 0)
