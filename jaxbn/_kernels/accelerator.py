@@ -99,6 +99,15 @@ def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
     return around(axes, of, shift, upcast(of.x) - shift)
 
 
+def moments_on_tpu(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
+    """Returns the same, of sums of values wherever x is not small.
+
+    A sum of values is fused into the matrix product that makes x, where a sample would
+    have to wait for it: four products and layers take .69 of the estimated cycles forward.
+    """
+    return moments(axes, of, whole and is_small(of.x))
+
+
 def guarded(
     axes: tuple[int, ...], of: Reduction, apart: Callable[..., Any] = lambda of, *_: of
 ) -> Triple:

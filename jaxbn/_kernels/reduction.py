@@ -148,7 +148,11 @@ def _batched(axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 _MOMENTS = Operation(
-    "moments", _moments_types, accelerator.moments, {"cpu": cpu.moments}, _batched
+    "moments",
+    _moments_types,
+    accelerator.moments,
+    {"cpu": cpu.moments, "tpu": accelerator.moments_on_tpu},
+    _batched,
 )
 _SUMS = Operation("sums", _sums_types, accelerator.sums, {"cpu": cpu.sums}, _batched)
 

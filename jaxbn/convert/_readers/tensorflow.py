@@ -37,9 +37,9 @@ def read_tensorflow(prefix: str, contents: Contents) -> None:
     shapes = reader.get_variable_to_shape_map()
     names = _full_names(reader.get_tensor(_GRAPH)) if _GRAPH in shapes else {}
     for key, shape in sorted(shapes.items()):
-        dtype, name = dtypes[key], names.get(key, key)
+        dtype, name = dtypes[key], str(names.get(key, key))
         if name in contents.arrays:
-            name = key
+            name = str(key)
         if dtype in (tf.string, tf.resource, tf.variant):
             contents.left_out[name] = "array of texts"
         elif contents.takes(name, tuple(shape), dtype.as_numpy_dtype):
