@@ -51,7 +51,15 @@ PASSES = (
 UNITS = {"inference": 2, "training": 3, "gradient": 8}
 UNITS_OF_ADDING = {"inference": 1, "training": 1, "gradient": 3}
 
-NETS = {"small net": (32, 32, 32, 32), "ResNet-50": (8, 64, 64, 3)}
+# What the nets are given.
+NETS = {
+    "small net": (32, 32, 32, 32),
+    "ResNet-50": (8, 64, 64, 3),
+    "EfficientNet-B0": (8, 64, 64, 3),
+    "U-Net": (2, 96, 96, 3),
+    "DCGAN": (32, 4, 4, 100),
+    "PointNet": (16, 256, 3),
+}
 IMAGES_ON_A_GPU = (128, 224, 224, 3)
 
 

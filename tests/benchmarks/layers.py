@@ -35,7 +35,10 @@ class Wanted(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Params and state, and `apply(params, state, x, training, residual) -> y, state`."""
+    """Params and state, and `apply(params, state, x, training, residual) -> y, state`.
+
+    The layers of jaxbn and of linen take a mask of the axes before the features, too.
+    """
 
     params: Any
     state: Any
@@ -53,8 +56,8 @@ def _jaxbn(wanted: Wanted) -> Layer:
     activation = jax.nn.relu if wanted.relu else None
     bn = jaxbn.BatchNorm(feature_axes=wanted.axis, momentum=MOMENTUM, activation=activation)
 
-    def apply(params, state, x, training, residual=None):
-        return bn.apply(params, state, x, training, residual=residual)
+    def apply(params, state, x, training, residual=None, mask=None):
+        return bn.apply(params, state, x, training, residual=residual, weights=mask)
 
     return Layer(*bn.init(wanted.features), apply)
 
@@ -62,8 +65,8 @@ def _jaxbn(wanted: Wanted) -> Layer:
 def _ending(call):
     """Adds the residual and the ReLU behind a layer that has neither."""
 
-    def end(relu, params, state, x, training, residual=None):
-        y, state = call(params, state, x, training)
+    def end(relu, params, state, x, training, residual=None, *mask):
+        y, state = call(params, state, x, training, *mask)
         y = y if residual is None else y + residual
         return jax.nn.relu(y) if relu else y, state
 
@@ -80,11 +83,14 @@ def _linen(wanted: Wanted) -> Layer:
     params, stats = {"scale": ones, "bias": zeros}, {"mean": zeros, "var": ones}
 
     @_ending
-    def call(params, stats, x, training):
+    def call(params, stats, x, training, mask=None):
         variables = {"params": params, "batch_stats": stats}
         if not training:
             return bn.apply(variables, x, use_running_average=True), stats
-        y, new = bn.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        mask = None if mask is None else mask[..., None]
+        y, new = bn.apply(
+            variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"]
+        )
         return y, new["batch_stats"]
 
     return Layer(params, stats, functools.partial(call, wanted.relu))

@@ -1,4 +1,4 @@
-"""Training steps of two nets around the layer of a peer: what a user feels."""
+"""A training step of a net around the layer of a peer: what a user feels."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.benchmarks.architectures import ARCHITECTURES
 from tests.benchmarks.cases import Case
 from tests.benchmarks.layers import Wanted, make_layer
 
 NUM_CLASSES = 10
 LEARNING_RATE = 1e-3
-STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 
 
 class _Net:
@@ -39,21 +39,23 @@ class _Net:
     def new_state(self) -> list[Any]:
         return self._new_state
 
-    def conv(self, x, features, size, stride=1):
-        shape = (size, size, x.shape[-1], features)
-        weight = self._weight(shape, size * size * x.shape[-1])
+    def conv(self, x, features, size, stride=1, groups=1):
+        shape = (size, size, x.shape[-1] // groups, features)
+        weight = self._weight(shape, size * size * x.shape[-1] // groups)
         return jax.lax.conv_general_dilated(
             x,
             weight.astype(x.dtype),
             (stride, stride),
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
         )
 
     def dense(self, x, features):
-        return x @ self._weight((x.shape[-1], features), x.shape[-1])
+        weight = self._weight((x.shape[-1], features), x.shape[-1])
+        return x @ weight.astype(x.dtype)
 
-    def norm(self, x, relu=True, residual=None):
+    def norm(self, x, relu=True, residual=None, mask=None):
         if self._draws:
             wanted = Wanted(x.shape[-1], x.ndim, -1, self._dtype, relu)
             with jax.ensure_compile_time_eval():
@@ -64,7 +66,8 @@ class _Net:
             return x
         _, params, state, layers = self._turn
         params, state, layer = next(params), next(state), next(layers)
-        y, state = layer.apply(params, state, x, True, residual)
+        masked = () if mask is None else (mask,)
+        y, state = layer.apply(params, state, x, True, residual, *masked)
         self._new_state.append(state)
         return y
 
@@ -76,37 +79,13 @@ class _Net:
         return jnp.zeros(shape)
 
 
-def _small_net(net, x):
-    for _ in range(4):
-        x = net.norm(net.conv(x, 32, 3))
-    return x
-
-
-def _resnet50(net, x):
-    x = net.norm(net.conv(x, 64, 7, 2))
-    x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
-    for features, depth, first_stride in STAGES:
-        for number in range(depth):
-            stride = 1 if number else first_stride
-            y = net.norm(net.conv(x, features, 1))
-            y = net.norm(net.conv(y, features, 3, stride))
-            y = net.conv(y, 4 * features, 1)
-            if not number:
-                x = net.norm(net.conv(x, 4 * features, 1, stride), relu=False)
-            x = net.norm(y, residual=x)
-    return x
-
-
-NETS = {"small net": _small_net, "ResNet-50": _resnet50}
-
-
 def train_step(peer: str, case: Case) -> tuple[tuple[Any, ...], Callable[..., Any]]:
     """Returns arguments and a step of them: the new first argument, and the loss."""
     net = _Net(peer, case.dtype)
 
     def logits(x):
-        x = NETS[case.kind](net, x)
-        return net.dense(x.mean(axis=(1, 2), dtype=jnp.float32), NUM_CLASSES)
+        x = ARCHITECTURES[case.kind](net, x)
+        return net.dense(x.mean(tuple(range(1, x.ndim - 1)), jnp.float32), NUM_CLASSES)
 
     images = jnp.resize(jnp.asarray(case.data()[0], case.dtype), case.shape)
     labels = jnp.arange(case.shape[0]) % NUM_CLASSES
