@@ -258,6 +258,11 @@ def gathering():
     return jaxbn.nnx.gather(model)
 
 
+def stacked():
+    make = nnx.vmap(lambda rngs: nnx.BatchNorm(3, rngs=rngs), in_axes=0)
+    return make(nnx.Rngs(jax.random.split(jax.random.key(0))))
+
+
 COMPILED = jax.jit(train)
 LINEAR = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
 
@@ -283,6 +288,7 @@ LINEAR = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
             ValueError,
             "has a bias, for which",
         ),
+        (lambda: jaxbn.nnx.replace(stacked(), jaxbn.BatchRenorm), ValueError, "stacked"),
         (lambda: jaxbn.nnx.replace(gathering()), ValueError, "track_gathered"),
         (lambda: jaxbn.nnx.freeze(gathering()), ValueError, "track_gathered"),
         (lambda: in_context("head/*"), ValueError, "fits none.*LinenBlock_0/BatchNorm_0"),

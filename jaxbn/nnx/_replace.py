@@ -1,7 +1,7 @@
 """NNX models that others wrote: their norms become those of jaxbn, in place."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,7 +54,8 @@ def replace(
     Raises:
         TypeError: A change is no such setting; make returns no normalizer.
         ValueError: There are no norms, or none that is meant; a norm gathers; a normalizer
-            has no place for a scale or a bias of the layer. The model is untouched then.
+            has no place for a scale or a bias of the layer, or a stack of layers would be
+            given one. The model is untouched then.
 
     Example:
         >>> import jaxbn.nnx
@@ -154,6 +155,7 @@ def _successor(old: Any, make: Make | None, changes: dict[str, Any]) -> BatchNor
             param_dtype=layer.param_dtype,
         )
     )
+    _check_single(layer)
     new = Norm(
         normalizer, layer.num_features, use_running_average=layer.use_running_average
     )
@@ -174,6 +176,17 @@ def _successor(old: Any, make: Make | None, changes: dict[str, Any]) -> BatchNor
     if layer.frozen:
         new.frozen = True
     return new
+
+
+def _check_single(layer: BatchNorm) -> None:
+    features = layer.num_features
+    shape = layer.mean[...].shape
+    if shape != (tuple(features) if isinstance(features, Sequence) else (features,)):
+        raise ValueError(
+            f"make does not know how norms under nnx.vmap are stacked: num_features is "
+            f"{features}, and the mean has the shape {shape}. Call replace in the function "
+            "that makes the layer, before nnx.vmap stacks it."
+        )
 
 
 def _hand_on(variable: Any, new: Norm, name: str) -> None:
