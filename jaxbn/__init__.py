@@ -106,6 +106,8 @@ for _name in ("moments", "normalize", "sync_moments", "update_running"):
 _EXTRAS = {
     "convert": "convert",
     "diagnose": "diagnose",
+    "equinox": "equinox",
+    "haiku": "haiku",
     "linen": "flax",
     "nnx": "flax",
     "optim": "optax",

@@ -10,12 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxbn
+import jaxbn.equinox
+import jaxbn.haiku
 
 BN = jaxbn.BatchNorm()
 PARAMS, STATE = BN.init(3)
@@ -25,6 +29,33 @@ RENORM = jaxbn.BatchRenorm()
 
 def apply(x=X, training=True, params=PARAMS, state=STATE, bn=BN, **options):
     return bn.apply(params, state, x, training, **options)
+
+
+def equinox(x=X, *args, state=None, cls=jaxbn.equinox.BatchNorm, call=(), **kwargs):
+    """Calls a layer of Equinox once, by default with its own state."""
+    layer, own = eqx.nn.make_with_state(cls)(*(args or (3,)), **kwargs)
+    return layer(x, own if state is None else state, **dict(call))
+
+
+def haiku(x=X, mode=True, state=None, call=(), seen=X, cls=jaxbn.haiku.BatchNorm, **kwargs):
+    """Calls a layer of Haiku once, by default with its own params and state."""
+    if cls is jaxbn.haiku.BatchNorm:
+        kwargs = {"create_scale": True, "create_offset": False, "decay_rate": 0.9, **kwargs}
+    model = hk.transform_with_state(lambda x, mode, **call: cls(**kwargs)(x, mode, **call))
+    params, own = model.init(None, seen, True)
+    return model.apply(params, own if state is None else state, None, x, mode, **dict(call))
+
+
+EQUINOX = eqx.nn.make_with_state(jaxbn.equinox.BatchNorm)
+ENSEMBLE = eqx.filter_vmap(lambda _: EQUINOX(3))(X[:, 0])[1]
+STATE_OF_HAIKU = {
+    f"batch_norm/~/{name}": {
+        "average": X[:1],
+        "hidden": X[:1],
+        "counter": jnp.ones((), int),
+    }
+    for name in ("mean_ema", "var_ema")
+}
 
 
 # What a user may get wrong: the call, the error, what it says is wrong, and the remedy.
@@ -222,6 +253,63 @@ MISTAKES = {
     ),
     "no_mode": (lambda: BN.apply(PARAMS, STATE, X), TypeError, "training, got none", "training=True"),
     "no_size": (lambda: BN.init(), TypeError, "num_features, got none", r"x\.shape\[-1\]"),
+    "equinox_channels_last": (
+        lambda: equinox(jnp.ones((5, 5, 3)), 3, "batch"), ValueError,
+        r"5 channels on axis 0.*input_size=3", "channels come first.*feature_axes=2",
+    ),
+    "equinox_batch_to_a_mapped_layer": (
+        lambda: equinox(X, 3, "batch"), ValueError, "4 channels on axis 0", r"under jax\.vmap",
+    ),
+    "equinox_example_to_a_layer_of_batches": (
+        lambda: equinox(X[0]), ValueError, r"\(3,\) has no axis 1", "a layer with axis_name",
+    ),
+    "equinox_feature_count": (
+        lambda: equinox(jnp.ones((4, 5))), ValueError, "5 channels.*input_size=3", "there is no 3",
+    ),
+    "equinox_no_vmap": (lambda: equinox(X[0], 3, "b"), NameError, "no mapped axis 'b'", r"jax\.vmap with axis_name"),
+    "equinox_state_of_another_mode": (
+        lambda: equinox(state=EQUINOX(3, mode="ema")[1]), ValueError, "no statistics", "make_with_state",
+    ),
+    "equinox_state_of_another_size": (
+        lambda: equinox(state=EQUINOX(5)[1]), ValueError, r"shape \(5,\).*3 channels", "together with the model",
+    ),
+    "equinox_state_of_an_ensemble": (lambda: equinox(state=ENSEMBLE), ValueError, r"shape \(4, 3\)", "filter_vmap"),
+    "equinox_no_state": (lambda: equinox(state=STATE), TypeError, "BatchStats", "make_with_state"),
+    "equinox_mode": (lambda: equinox(X, 3, mode="train"), ValueError, "'train'", '"batch"'),
+    "equinox_inference": (lambda: equinox(X, 3, inference=1), TypeError, "got 1", "inference=True"),
+    "equinox_momentum": (lambda: equinox(X, 3, momentum=1.5), ValueError, "1.5", "PyTorch"),
+    "equinox_norm_without_normalizer": (
+        lambda: equinox(X, 64, cls=jaxbn.equinox.Norm), TypeError, "64", r"Norm\(jaxbn\.BatchNorm\(\)",
+    ),
+    "equinox_norm_no_vmap": (
+        lambda: equinox(X[0], jaxbn.BatchNorm(axis_name="b"), 3, cls=jaxbn.equinox.Norm), NameError, "'b'", "vmap",
+    ),
+    "haiku_layout": (
+        lambda: haiku(jnp.ones((2, 3, 5, 5)), False, STATE_OF_HAIKU, create_scale=False),
+        ValueError, r"\(1, 3\).*\(2, 3, 5, 5\) needs \(1, 1, 1, 5\)", "data_format",
+    ),
+    "haiku_feature_count": (lambda: haiku(jnp.ones((4, 5))), ValueError, r"\(1, 3\).*\[1, 5\]", "match"),
+    "haiku_state_of_another": (
+        lambda: haiku(jnp.ones((4, 5)), True, STATE_OF_HAIKU, seen=jnp.ones((4, 5))), ValueError,
+        r"\(1, 3\).*\(4, 5\) needs \(1, 5\)", "that init returned",
+    ),
+    "haiku_no_state": (lambda: haiku(X, False, {}), ValueError, "no statistics", "transform_with_state"),
+    "haiku_norm_no_state": (
+        lambda: haiku(X, False, {}, cls=jaxbn.haiku.Norm, normalizer=BN), ValueError, "no statistics", "init returned",
+    ),
+    "haiku_no_axis": (lambda: haiku(cross_replica_axis="b"), NameError, "no mapped axis 'b'", r"jax\.vmap"),
+    "haiku_mode": (lambda: haiku(X, 1), TypeError, "is_training must be a bool, got 1", "is_training=True"),
+    "haiku_decay": (lambda: haiku(decay_rate=1.5), ValueError, r"decay_rate must lie.*1\.5", "PyTorch"),
+    "haiku_no_decay": (lambda: haiku(decay_rate=None), TypeError, "got None", r"BatchNorm\(momentum=None"),
+    "haiku_init_of_nothing": (
+        lambda: haiku(create_scale=False, scale_init=jnp.ones), ValueError, "scale_init", "create_scale=True",
+    ),
+    "haiku_scale_twice": (
+        lambda: haiku(call={"scale": X}), ValueError, "at call time if", "create_scale=False",
+    ),
+    "haiku_groups_without_axis": (
+        lambda: haiku(cross_replica_axis_index_groups=[[0]]), ValueError, "got None", "axis",
+    ),
     "reduced_axes": (lambda: jaxbn.moments(X, (0,)), TypeError, r"2 by position: \.\.\., \(0,\)", "feature_axes"),
 }  # fmt: skip
 
@@ -261,6 +349,14 @@ FOREIGN = {
     },
     functools.partial(jaxbn.normalize, X, X[0]): {"variance": "var="},
     functools.partial(jaxbn.update_running, STATE, jaxbn.moments(X)): {"decay": "momentum="},
+    functools.partial(equinox, X, 3): {
+        "epsilon": r"eps=0\.5", "affine": "channelwise_affine=", "training": "inference=not", "decay": "momentum=",
+        "num_features": "input_size=",
+    },
+    haiku: {
+        "epsilon": r"eps=0\.5", "momentum": r"decay_rate=0\.5", "use_bias": "create_offset=", "affine": "create_scale=",
+        "feature_axes": "data_format", "axis_name": "cross_replica_axis=",
+    },
 }  # fmt: skip
 
 
@@ -300,6 +396,8 @@ def test_layers_stay_values_that_travel():
         ("flax", "import jaxbn.nnx", "flax"),
         ("flax", "from jaxbn import nnx", "flax"),
         ("optax", "import jaxbn.linen", "flax"),
+        ("equinox", "import jaxbn.equinox", "equinox"),
+        ("haiku", "jaxbn.haiku", "haiku"),
         ("optax", "jaxbn.optim.clip_scale()", "optax"),
         ("tqdm", "jaxbn.reestimate(None, jaxbn.init(3)[1], [], progress=True)", "progress"),
         ("safetensors", "jaxbn.convert.load('a.safetensors')", "convert"),

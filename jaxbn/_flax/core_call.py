@@ -1,7 +1,5 @@
 """What the layers for Flax's two APIs share: a call of the core in Flax's terms."""
 
-import functools
-from collections.abc import Iterable, Mapping
 from types import NoneType
 from typing import Any
 
@@ -14,24 +12,13 @@ from jax.typing import ArrayLike
 from jaxbn._accumulation.gather import Gather
 from jaxbn._accumulation.state import Gathered
 from jaxbn._dtypes import as_dtype, at_least_float32, widest
-from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.checks import axis_of
-from jaxbn._layers.functions import InitApply
+from jaxbn._modules.inputs import batch_norm, feature_axes, positive, with_lone_axis
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._statistics.named_axes import as_groups
-from jaxbn._typing import Array, Axes, DTypeLike, PyTree, Shape
+from jaxbn._typing import Array, DTypeLike, Shape
 
 _FLOAT32 = jnp.dtype(jnp.float32)
-
-
-def as_inexact(x: ArrayLike, dtype: DTypeLike | None) -> Array:
-    """Returns `x` as the core takes it; Flax takes integers and NumPy arrays too."""
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        x = x.astype(jnp.float32)
-    if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
-        x = x.astype(widest(x.dtype, jnp.dtype(dtype)))
-    return x
 
 
 def as_training(use_running_average: bool | Array) -> bool | Array:
@@ -67,23 +54,6 @@ def axis_remedy(got: Shape, want: Shape, shape: Shape) -> str:
     if axis is None:
         return "set axis to the feature axis of x"
     return f"write axis={axis}, since that axis of x has the size of the layer"
-
-
-def feature_axes(axis: Axes, ndim: int) -> tuple[int, ...]:
-    """Returns Flax's `axis` as non-negative feature axes, each once, ascending."""
-    axes = axis if isinstance(axis, Iterable) else (axis,)
-    return tuple(sorted({int(a) + ndim if a < 0 else int(a) for a in axes}))
-
-
-def variable_shape(axis: Axes, shape: Shape) -> Shape:
-    """Returns the shape of the variables of a layer for inputs of `shape`."""
-    axes = feature_axes(axis, len(shape))
-    if not all(0 <= a < len(shape) for a in axes):
-        raise ValueError(
-            f"axis={axis} is out of range for x of shape {shape}, which has rank "
-            f"{len(shape)}. Name the feature axes of x: axis=-1 for channels last."
-        )
-    return tuple(shape[a] for a in axes)
 
 
 def zero_stats(shape: Shape, dtype: DTypeLike) -> BatchStats:
@@ -124,15 +94,12 @@ def call_batch_norm(
         )
     axes = feature_axes(layer.axis, x.ndim)
     weighting = _merge_mask(mask, weights, x.ndim)
-    # Flax allows every axis to be a feature axis; the core needs one to reduce, so add an
-    # axis of size 1.
     lone = len(axes) == x.ndim
     if lone:
-        x, axes = x[None], tuple(axis + 1 for axis in axes)
-        weighting = None if weighting is None else weighting[None]
+        x, axes, weighting = with_lone_axis(x, axes, weighting)
     axis_name = layer.axis_name if synchronize else None
     groups = None if axis_name is None else as_groups(axis_name, layer.axis_index_groups)
-    bn = _batch_norm(
+    bn = batch_norm(
         feature_axes=axes,
         epsilon=positive(layer.epsilon),
         use_scale=params.scale is not None,
@@ -151,17 +118,6 @@ def call_batch_norm(
         params, state, x, training, weights=weighting, momentum=layer.momentum
     )
     return y[0] if lone else y, state
-
-
-# The core's layer is built and checked once for all layers and calls of equal settings.
-_batch_norm = functools.lru_cache(maxsize=1024)(BatchNorm)
-
-
-def positive(epsilon: Any) -> float:
-    """Returns epsilon as the core takes it: Flax's 0 means as little as possible."""
-    if isinstance(epsilon, (jax.Array, np.ndarray)):
-        epsilon = epsilon.item()
-    return epsilon or float(jnp.finfo(jnp.float32).tiny)
 
 
 def result_dtype(dtype: DTypeLike | None, *arrays: Array | None) -> jnp.dtype:
@@ -184,55 +140,3 @@ def _merge_mask(mask: ArrayLike | None, weights: Any, ndim: int) -> Any:
         )
     mask = jnp.asarray(mask, bool)
     return jnp.expand_dims(mask, tuple(range(ndim - mask.ndim)))
-
-
-def feature_axes_of(normalizer: InitApply[Any, Any]) -> Axes:
-    """Returns the feature axes of a normalizer, which is free not to name any."""
-    return getattr(normalizer, "feature_axes", -1)
-
-
-def num_features_of(normalizer: InitApply[Any, Any], shape: Shape) -> int | Shape:
-    """Returns what `normalizer.init` is to be called with for inputs of `shape`."""
-    sizes = variable_shape(feature_axes_of(normalizer), shape)
-    return sizes[0] if len(sizes) == 1 else sizes
-
-
-def kinds_of(
-    normalizer: InitApply[Any, Any], num_features: int | Shape, options: Mapping[str, Any]
-) -> tuple[PyTree, PyTree]:
-    """Returns the shapes of what `normalizer.init` returns, traced once for equal calls."""
-    key = normalizer, num_features, tuple(options.items())
-    try:
-        hash(key)
-    except TypeError:
-        return _kinds_of.__wrapped__(*key)
-    return _kinds_of(*key)
-
-
-@functools.lru_cache(maxsize=1024)
-def _kinds_of(normalizer: Any, num_features: Any, options: tuple[Any, ...]) -> Any:
-    return jax.eval_shape(lambda: normalizer.init(num_features, **dict(options)))
-
-
-def with_leaves(kind: PyTree, leaves: Iterable[Any]) -> Any:
-    """Returns a tree of the structure of `kind`."""
-    return jax.tree.unflatten(jax.tree.structure(kind), leaves)
-
-
-def leaf_names(params: PyTree, state: PyTree) -> tuple[list[str], list[str]]:
-    """Returns names for the leaves of both trees: their fields, such as scale and mean."""
-    names = _names(params, "params"), _names(state, "state")
-    every = [*names[0], *names[1]]
-    if len(set(every)) != len(every):
-        raise ValueError(
-            "the params and the state of the normalizer have leaves of the same name: "
-            f"{every}. Name the fields of both so that all differ."
-        )
-    return names
-
-
-def _names(tree: PyTree, alone: str) -> list[str]:
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="_") or alone
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    ]

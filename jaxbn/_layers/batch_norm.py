@@ -199,12 +199,12 @@ class BatchNorm(Value, Normalizer[BatchNormParams, BatchStats]):
         statistics are not finite comes out so, and keeps its state.
 
         Args:
-            params: As `init` returned them, or trained since.
+            params: As `init` returned them, or trained since; conditional ones are of x's
+                rank and broadcast to x.
             state: As `init` or the last call returned it.
             x: Floating or complex, of rank 2 or more. Of the features' rank alone, it is
                 one example: for inference, or of a batch along the axis `axis_name`.
-            training: A Python bool, or a traced or concrete boolean scalar, for which one
-                compiled program serves both modes.
+            training: A bool, or a boolean scalar: one program for both modes if traced.
             weights: None, or a boolean mask or non-negative sample weights: of x's rank
                 and broadcastable to x, or of lower rank and aligned from the left with
                 the axes that are averaged over: (N,) weighs rows, (N, T) or (N, H, W)

@@ -78,7 +78,10 @@ def _made_by(layer: Any, features: Shape) -> tuple[Any, Any] | None:
 def check_made_by(
     layer: Any, params: Any, state: Any, features: Shape, shape: Shape
 ) -> None:
-    """Raises unless params and state are of the types and shapes that `init` makes."""
+    """Raises unless params and state are of the types and shapes that `init` makes.
+
+    Params may also be of the rank of x and broadcast to it: another scale for each example.
+    """
     made = _made_by(layer, features)
     for name, value, kind in zip(
         ("params", "state"), (params, state), made or (), strict=False
@@ -97,6 +100,8 @@ def _check_fields(name: str, value: Any, made: Any, shape: Shape) -> None:
         return
     for field, want, got in zip(made._fields, made, value, strict=True):
         want, got = (None if a is None else jnp.shape(a) for a in (want, got))
+        if name == "params" and want is not None and _broadcasts(got, shape):
+            continue
         if want != got:
             axis = axis_of(got, want, shape)
             hint = "Take params and state from init() of this layer"
@@ -128,14 +133,20 @@ def check_adjustment(adjustment: PairLike, features: Shape, shape: Shape) -> Non
         )
     for array in adjustment:
         got = jnp.shape(array)
-        broadcasts = len(got) == len(shape) and all(
-            have in (1, want) for have, want in zip(got, shape, strict=True)
-        )
-        if got != features and not broadcasts:
+        if got != features and not _broadcasts(got, shape):
             raise ValueError(
                 f"adjustment of shape {got} fits neither the features {features} nor x of "
                 f"shape {shape}. Give it one of these shapes."
             )
+
+
+def _broadcasts(got: Shape | None, shape: Shape) -> bool:
+    """Tells whether an array of shape `got` has the rank of x, and broadcasts to it."""
+    return (
+        got is not None
+        and len(got) == len(shape)
+        and all(have in (1, want) for have, want in zip(got, shape, strict=True))
+    )
 
 
 def check_residual(residual: ArrayLike, shape: Shape) -> None:

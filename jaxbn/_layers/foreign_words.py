@@ -9,11 +9,15 @@ from typing import Any
 # Each word with its answers: the first counts whose parameter the function has. The
 # answer of "" is for functions that have none of these parameters.
 _MODE = {
+    "is_training": "is_training={value}",
+    "inference": "inference=not {word}",
     "training": "training={value}",
     "use_running_average": "use_running_average=not {word}",
     "": "the mode in the call: bn.apply(params, state, x, training=True)",
 }
 _INFERENCE = {
+    "is_training": "is_training=not {word}",
+    "inference": "inference={value}",
     "training": "training=not {word}",
     "use_running_average": "use_running_average={value}",
     "": "the mode in the call: bn.apply(params, state, x, training=False)",
@@ -21,21 +25,39 @@ _INFERENCE = {
 _AXIS = {
     "feature_axes": "feature_axes, which names the axes that are kept: -1 for channels "
     "last, 1 for channels first",
+    "data_format": "data_format, channels_last or channels_first",
     "axis": "axis, the feature axis: -1 for channels last, 1 for channels first",
     "": "it as a setting of the layer: BatchNorm(feature_axes=...)",
 }
 _SIZE = {
     "num_features": "num_features={value}",
+    "input_size": "input_size={value}",
+    "decay_rate": "nothing instead: the layer takes the number of features from x",
     "use_running_average": "nothing instead: the layer takes the number of features from x",
     "": "it in the call of init: params, state = BatchNorm(...).init({value})",
 }
-_EPSILON = {"epsilon": "epsilon={value}", "": "BatchNorm(epsilon={value})"}
+_EPSILON = {
+    "epsilon": "epsilon={value}",
+    "eps": "eps={value}",
+    "": "BatchNorm(epsilon={value})",
+}
 _MOMENTUM = {
     "momentum": "momentum={value}, the decay, of which PyTorch's momentum is 1 minus",
+    "decay_rate": "decay_rate={value}, of which PyTorch's momentum is 1 minus",
     "": "BatchNorm(momentum={value})",
 }
-_USE_BIAS = {"use_bias": "use_bias={value}", "": "BatchNorm(use_bias={value})"}
-_USE_SCALE = {"use_scale": "use_scale={value}", "": "BatchNorm(use_scale={value})"}
+_USE_BIAS = {
+    "use_bias": "use_bias={value}",
+    "channelwise_affine": "channelwise_affine={value}, for weight and bias",
+    "create_offset": "create_offset={value}",
+    "": "BatchNorm(use_bias={value})",
+}
+_USE_SCALE = {
+    "use_scale": "use_scale={value}",
+    "channelwise_affine": "channelwise_affine={value}, for weight and bias",
+    "create_scale": "create_scale={value}",
+    "": "BatchNorm(use_scale={value})",
+}
 _SCALE = {
     "scale": "scale={value}",
     "use_scale": "use_scale=True or False",
@@ -47,6 +69,8 @@ _BIAS = {
     "": "params.bias, or BatchNorm(use_bias=...)",
 }
 _AFFINE = {
+    "channelwise_affine": "channelwise_affine={value}",
+    "create_scale": "create_scale={value}, create_offset={value}",
     "use_scale": "use_scale={value}, use_bias={value}",
     "": "BatchNorm(use_scale={value}, use_bias={value})",
 }
@@ -57,6 +81,7 @@ _WEIGHTS = {
 }
 _AXIS_NAME = {
     "axis_name": "axis_name={value}, the name of a mapped axis",
+    "cross_replica_axis": "cross_replica_axis={value}, the name of a mapped axis",
     "": "BatchNorm(axis_name=...), the name of a mapped axis",
 }
 _SCALE_INIT = {
@@ -73,30 +98,11 @@ _ANSWERS: dict[str, Mapping[str, str]] = {
         ("inference", "eval", "deterministic", "use_running_average", "test_local_stats"),
         _INFERENCE,
     ),
-    **dict.fromkeys(
-        (
-            "axis",
-            "axes",
-            "dim",
-            "channel_axis",
-            "channel_index",
-            "feature_axis",
-            "feature_axes",
-        ),
-        _AXIS,
-    ),
+    **dict.fromkeys(("axis", "axes", "dim", "channel_axis", "channel_index"), _AXIS),
+    **dict.fromkeys(("feature_axis", "feature_axes"), _AXIS),
     **dict.fromkeys(("data_format", "reduction_axes"), _AXIS),
-    **dict.fromkeys(
-        (
-            "num_features",
-            "features",
-            "in_features",
-            "input_size",
-            "num_channels",
-            "channels",
-        ),
-        _SIZE,
-    ),
+    **dict.fromkeys(("num_features", "features", "in_features"), _SIZE),
+    **dict.fromkeys(("input_size", "num_channels", "channels"), _SIZE),
     **dict.fromkeys(("size", "shape", "input_shape", "normalized_shape"), _SIZE),
     **dict.fromkeys(("eps", "epsilon", "variance_epsilon"), _EPSILON),
     **dict.fromkeys(("decay", "decay_rate", "momentum", "ema_decay"), _MOMENTUM),
@@ -164,7 +170,7 @@ def answer_to(
     known = [each.name for each in parameters if each.kind not in collects]
     if len(known) < len(parameters):
         # What it hands on are the words of `apply` or `init`.
-        known += _OF_APPLY if "x" in known else _OF_INIT
+        known += _OF_APPLY if {"x", "inputs"} & {*known} else _OF_INIT
     ordered = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     # A function that hands keywords on learns of a foreign one from within.
     found = _UNKNOWN.search(str(error))

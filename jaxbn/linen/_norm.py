@@ -9,17 +9,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn._accumulation.gather import Gather
-from jaxbn._flax.core_call import (
-    check_mode,
-    kinds_of,
-    leaf_names,
-    num_features_of,
-    with_leaves,
-)
+from jaxbn._flax.core_call import check_mode
 from jaxbn._flax.gathered_leaves import gathered_like
 from jaxbn._layers.checks import in_our_words
 from jaxbn._layers.functions import InitApply
 from jaxbn._layers.required import require
+from jaxbn._modules.leaves import kinds_of, leaf_names, num_features_of, with_leaves
 from jaxbn._typing import Array
 from jaxbn.linen._variables import gathering, statistic, tracks, training_of
 

@@ -11,16 +11,15 @@ from flax.nnx.nn import dtypes, initializers
 from jax.typing import ArrayLike
 
 from jaxbn._flax.core_call import (
-    as_inexact,
     axis_remedy,
     call_batch_norm,
     check_settings,
     stats_dtype,
-    variable_shape,
     zero_stats,
 )
 from jaxbn._flax.gathered_leaves import gathered_like
 from jaxbn._layers.checks import in_our_words
+from jaxbn._modules.inputs import as_inexact, variable_shape
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, Axes, DTypeLike, Initializer, Shape
 from jaxbn.nnx._norm import Switchable, assign, gathering, training_of

@@ -6,16 +6,13 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxbn._flax.core_call import (
-    feature_axes_of,
-    positive,
-    result_dtype,
-    stats_dtype,
-)
+from jaxbn._flax.core_call import result_dtype, stats_dtype
 from jaxbn._fold.affine import Affine, as_affine
 from jaxbn._fold.kernels import fold_beside
 from jaxbn._fold.pairs import Path, find_layers, ordered_pairs
 from jaxbn._layers.batch_norm import BatchNorm
+from jaxbn._modules.inputs import positive
+from jaxbn._modules.leaves import feature_axes_of
 from jaxbn._state import BatchNormParams, BatchStats
 from jaxbn._typing import Array, DTypeLike
 from jaxbn.nnx._norm import Norm, assign, trees_of

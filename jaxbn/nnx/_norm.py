@@ -10,17 +10,12 @@ from jax.typing import ArrayLike
 
 from jaxbn._accumulation.gather import Gather
 from jaxbn._compat import set_value
-from jaxbn._flax.core_call import (
-    as_training,
-    check_mode,
-    kinds_of,
-    leaf_names,
-    with_leaves,
-)
+from jaxbn._flax.core_call import as_training, check_mode
 from jaxbn._flax.gathered_leaves import gathered_like, is_gathering, more_names
 from jaxbn._layers.checks import in_our_words
 from jaxbn._layers.functions import InitApply
 from jaxbn._layers.required import require
+from jaxbn._modules.leaves import kinds_of, leaf_names, with_leaves
 from jaxbn._typing import Array
 
 

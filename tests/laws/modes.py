@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from tests.laws.modules import as_equinox, as_haiku
+
 
 def _step(normalizer, params, state, x, weights, training=True):
     options = {} if weights is None else {"weights": weights}
@@ -75,6 +77,26 @@ def traced_vmap(normalizer, params, state, xs, weights):
     return _loop(step, state, xs, weights)
 
 
+def by_equinox(normalizer, params, state, xs, weights):
+    return _loop(_as_layer(as_equinox, normalizer, params), state, xs, weights)
+
+
+def by_haiku(normalizer, params, state, xs, weights):
+    return _loop(_as_layer(as_haiku, normalizer, params), state, xs, weights)
+
+
+def _as_layer(run, normalizer, params):
+    def step(state, x, w):
+        options = {} if w is None else {"weights": w}
+        return run(normalizer, params, state, x, True, **options)
+
+    return step
+
+
 MODES = {
-    mode.__name__: mode for mode in (eager, jit, scan, vmap, remat, traced, traced_vmap)
+    mode.__name__: mode
+    for mode in (
+        *(eager, jit, scan, vmap, remat, traced, traced_vmap),
+        *(by_equinox, by_haiku),
+    )
 }

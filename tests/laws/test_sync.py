@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from tests.laws.modules import EquinoxBatchNorm, HaikuBatchNorm
 from tests.laws.placed import Placed
 from tests.laws.styles import DEVICES, PLAIN, STYLES, flat, mesh, value_and_gradients
 from tests.laws.test_laws import change
@@ -32,6 +33,8 @@ LAYERS = {
         Placed(jaxbn.DomainBatchNorm(jaxbn.BatchNorm(momentum=0.7), 2), (0, 1, 1)),
         (3,),
     ),
+    "equinox": (EquinoxBatchNorm(), (3,)),
+    "haiku": (HaikuBatchNorm(), (3,)),
 }
 SHARDS = ("full", "uneven", "masked", "one_empty", "weighted")
 

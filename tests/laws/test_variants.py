@@ -179,3 +179,23 @@ def test_a_layer_counts_the_single_examples_that_it_gathers():
     _, after = jaxbn.Gather(jaxbn.BatchNorm()).apply(params, gathered, x, False)
     assert after.batch.count.tolist() == [1, 1, 1]
     assert after.batch.mean.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 3), (4, 1, 1), (1, 2, 3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_scale_and_bias_of_the_rank_of_x_are_conditional(shape, training):
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(size=(4, 2, 3)).astype(np.float32) for _ in range(2))
+    params = jaxbn.BatchNormParams(*jnp.asarray(rng.normal(size=(2, *shape)), jnp.float32))
+    bare = jaxbn.BatchNorm(use_scale=False, use_bias=False)
+
+    def inside(params, x):
+        _, state = BN.init(3)
+        return (BN.apply(params, state, x, training)[0] * dy).sum()
+
+    def outside(params, x):
+        y, _ = bare.apply(*bare.init(3), x, training)
+        return ((y * params.scale + params.bias) * dy).sum()
+
+    got, want = (jax.grad(f, (0, 1))(params, jnp.asarray(x)) for f in (inside, outside))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)

@@ -1,0 +1,1 @@
+"""What the layers of all frameworks share: x as they take it, and leaves by their names."""
