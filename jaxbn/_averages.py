@@ -143,7 +143,7 @@ class Ema(Value):
         return EmaState(jax.tree.map(toward, state.average, tree), weight)
 
     def value(self, state: EmaState, like: PyTree | None = None) -> PyTree:
-        """Returns the average, in the dtypes of the tree `like` if one is given."""
+        """Returns the average in `state`, in the dtypes of the tree `like` if given."""
         if like is None:
             return state.average
         return jax.tree.map(
@@ -221,11 +221,14 @@ class ModelAverage(Value):
             object.__setattr__(self, "decay", self._ema().decay)
 
     def init(self, params: PyTree, stats: PyTree) -> AverageState:
-        """Returns the average of no model yet, with the structure of the pair."""
+        """Returns the average of no model yet, of the structure of `(params, stats)`."""
         return AverageState(self._ema().init((params, stats)), jnp.zeros(()))
 
     def update(self, state: AverageState, params: PyTree, stats: PyTree) -> AverageState:
-        """Returns the average after one more model. No gradient flows into it."""
+        """Returns the average `state` after one more model, `params` and `stats`.
+
+        No gradient flows into it.
+        """
         decay = state.count / (state.count + 1) if self.decay is None else None
         pair = self._ema().update(state.pair, (params, stats), decay=decay)
         return AverageState(pair, state.count + 1)
@@ -233,7 +236,10 @@ class ModelAverage(Value):
     def value(
         self, state: AverageState, like: tuple[PyTree, PyTree] | None = None
     ) -> tuple[PyTree, PyTree]:
-        """Returns `(params, stats)`, in the dtypes of the pair `like` if one is given."""
+        """Returns the averages `(params, stats)` that `state` holds.
+
+        They come in the dtypes of the pair `like` if one is given.
+        """
         return self._ema().value(state.pair, like)
 
     def _ema(self) -> Ema:

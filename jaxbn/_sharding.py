@@ -127,10 +127,10 @@ def broadcast_like(x: Array, other: Array) -> Array:
     return lax.broadcast_in_dim(x, other.shape, dimensions, out_sharding=sharding)
 
 
-def unsplit_axes(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns those of `axes` that the type of `x` does not split over devices."""
+def may_be_split(x: Array, axes: tuple[int, ...]) -> bool:
+    """Tells whether one of `axes` may be split over devices, as far as x's type tells."""
     spec = jax.typeof(x).sharding.spec
-    return tuple(axis for axis in axes if spec[axis] is None)
+    return not any(spec) or any(spec[axis] is not None for axis in axes)
 
 
 def split_axis(x: Array, sizes: tuple[int, int]) -> Array:

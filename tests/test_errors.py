@@ -407,6 +407,7 @@ def test_layers_stay_values_that_travel():
 )
 def test_a_package_that_is_missing_names_its_extra(package, statement, extra, tmp_path):
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "_METADATA").touch()
     (tmp_path / "a.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
     code = f"import sys; sys.modules[{package!r}] = None; import jaxbn, jaxbn.convert\n"
     done = subprocess.run(

@@ -13,6 +13,7 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+from tests.drawn_variables import draw_variables
 
 RNG = np.random.default_rng(0)
 
@@ -239,7 +240,7 @@ def spoiled(variables):
 
 X = jnp.asarray(RNG.normal(size=(2, 6, 6, 3)), jnp.float32)
 BLOCK = Block()
-VARIABLES = spoiled(BLOCK.init(jax.random.key(0), X, train=False))
+VARIABLES = spoiled(draw_variables(BLOCK, X, train=False))
 
 
 def infer(model, variables):
@@ -247,9 +248,11 @@ def infer(model, variables):
 
 
 def test_a_linen_model_runs_as_it_is_with_folded_variables():
-    folded = jaxbn.fold_tree(VARIABLES, epsilon=1e-3, norms="folded")
+    folded = jaxbn.fold_tree(VARIABLES, epsilon=1e-3, pairs="by name", norms="folded")
     before, after = infer(BLOCK, VARIABLES), infer(BLOCK, folded)
-    assert jaxbn.check_fold(before, after, X, tolerance=1e-5) > 0
+    assert jaxbn.check_fold(before, after, X, tolerance=1e-5) <= 1e-5
+    moved = folded["params"]["conv1"]["kernel"] != VARIABLES["params"]["conv1"]["kernel"]
+    assert moved.all()
     # The variables are those of the same model, in structure, shapes and dtypes.
     kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert kinds(folded) == kinds(VARIABLES)
@@ -282,7 +285,8 @@ def test_a_folded_norm_is_the_identity_bit_for_bit(norm, epsilon, fields):
         },
         "batch_stats": {"net": {"bn": stats}},
     }
-    folded = jaxbn.fold_tree(tree, epsilon=epsilon, norms="folded")
+    pairs = [("net/fc", "net/bn")]
+    folded = jaxbn.fold_tree(tree, epsilon=epsilon, pairs=pairs, norms="folded")
     parts = {name: part["net"].get("bn", {}) for name, part in folded.items()}
     assert jax.tree.structure(parts["batch_stats"]) == jax.tree.structure(stats)
     np.testing.assert_array_equal(jax.jit(layer.apply)(parts, x), x)
@@ -332,7 +336,8 @@ def test_a_normalizer_of_ones_own_is_folded():
     np.testing.assert_allclose(x * scale[None] + bias[None], want, rtol=1e-5, atol=1e-5)
     model = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), jaxbn.nnx.Norm(norm, 3))
     model.layers[1].mean[...] = state.mean
-    assert jaxbn.check_fold(model, jaxbn.nnx.fold(model), x) < 1e-5
+    folded = jaxbn.nnx.fold(model, pairs=[("layers/0", "layers/1")])
+    assert jaxbn.check_fold(model, folded, x) < 1e-5
 
 
 @pytest.mark.parametrize("lacking", ["running", "standardize", "scale_and_bias"])
@@ -346,13 +351,13 @@ def test_a_linen_model_without_norms_takes_the_variables_that_are_left():
     folded = jaxbn.fold_tree(
         VARIABLES,
         epsilon=dict.fromkeys(("bn1", "bn2", "up_bn", "norm_proj"), 1e-3),
+        pairs="by name",
     )
     assert set(folded) == {"params"}
     assert set(folded["params"]["conv1"]) == {"kernel", "bias"}
     bare = Block(bias=True, norms=False)
-    assert jax.tree.structure(folded) == jax.tree.structure(
-        bare.init(jax.random.key(0), X, train=False)
-    )
+    made = jax.eval_shape(lambda key: bare.init(key, X, train=False), jax.random.key(0))
+    assert jax.tree.structure(folded) == jax.tree.structure(made)
     assert jaxbn.check_fold(infer(BLOCK, VARIABLES), infer(bare, folded), X) < 1e-5
 
 
@@ -428,7 +433,7 @@ def test_an_nnx_model_loses_its_norms(norm):
     assert state["conv1"]["bias"].shape == (6,)
     assert model.conv1.bias is None
     with pytest.raises(ValueError, match="bn0"):
-        jaxbn.nnx.fold(model)  # the names do not tell where bn0 belongs
+        jaxbn.nnx.fold(model, pairs="by name")  # which do not tell where bn0 belongs
     known = jaxbn.find_pairs(nnx.to_pure_dict(nnx.state(model)))
     assert set(known) == {*pairs[1:]}
 
@@ -477,6 +482,7 @@ def test_among_namesakes_the_output_features_decide():
 BN, PARAMS, STATE, *_ = trained(3)
 AFFINE = jaxbn.as_affine(PARAMS, STATE, BN)
 KERNEL = jnp.ones((3, 3, 2, 3))
+HALF = {"kernel": jnp.full((1, 1, 2, 3), 3e3, jnp.float16)}
 TREE = {
     "conv": {"kernel": KERNEL},
     "bn": {"mean": STATE.mean, "var": STATE.var, "bias": PARAMS.bias},
@@ -487,8 +493,8 @@ def fold_next(**options):
     return jaxbn.fold_into_next(jnp.ones((3, 3, 3, 2)), None, AFFINE, **options)
 
 
-def fold_tree(tree=TREE, epsilon=1e-5, **options):
-    return jaxbn.fold_tree(tree, epsilon=epsilon, **options)
+def fold_tree(tree=TREE, epsilon=1e-5, pairs="by name", **options):
+    return jaxbn.fold_tree(tree, epsilon=epsilon, pairs=pairs, **options)
 
 
 def with_bn(**arrays):
@@ -557,6 +563,31 @@ REFUSED = {
     "between": (lambda: fold_tree(pairs=[("conv", "relu", "bn")]), "relu", "Leave"),
     "no_pair": (lambda: fold_tree(pairs=[("conv", "bn1")]), "bn1.*'bn'", "slashes"),
     "twice": (lambda: fold_tree(pairs=[("conv", "bn")] * 2), "two pairs", "once"),
+    "pairs_untold": (
+        lambda: fold_tree(pairs=None),
+        "By their names, bn is folded into conv",
+        'pairs="by name"',
+    ),
+    "pairs_word": (lambda: fold_tree(pairs="by names"), "'by names'", r"\[\(linear"),
+    "overflow": (
+        lambda: jaxbn.fold(
+            KERNEL.astype(jnp.float16), None, AFFINE._replace(scale=jnp.full(3, 1e5))
+        ),
+        "kernel holds 1e\\+05, and float16 ends at 6.55e\\+04",
+        "float32",
+    ),
+    "overflow_of_the_bias": (
+        lambda: jaxbn.fold_into_next(
+            jnp.ones((3, 2), jnp.float16), None, AFFINE._replace(bias=jnp.full(3, 3e4))
+        ),
+        "folded bias holds 9e\\+04",
+        "float32",
+    ),
+    "tree_overflow": (
+        lambda: fold_tree({"bn": with_bn(var=jnp.zeros(3))["bn"], "conv": HALF}),
+        "cannot fold bn and conv: the folded",
+        "float32",
+    ),
     "lonely": (
         lambda: fold_tree({"stem": TREE["conv"], "bn": TREE["bn"]}),
         "bn.*stem",
@@ -620,6 +651,18 @@ def test_what_is_not_exact_is_refused_by_name(name):
     with pytest.raises(ValueError, match="(?s)" + fact) as caught:
         act()
     assert re.search(remedy, str(caught.value)), str(caught.value)
+    assert name.startswith("check_") or "jaxbn.check_fold" in str(caught.value)
+
+
+def test_pairing_by_name_shows_what_it_paired(caplog):
+    fold_tree()
+    [record] = caplog.records
+    assert record.name == "jaxbn"
+    assert "bn is folded into conv" in record.getMessage()
+    assert "jaxbn.check_fold" in record.getMessage()
+    caplog.clear()
+    fold_tree(pairs=[("conv", "bn")])
+    assert not caplog.records
 
 
 def test_a_refusal_leaves_the_variables_as_they_were():
@@ -632,7 +675,7 @@ def test_a_refusal_leaves_the_variables_as_they_were():
         },
     }
     with pytest.raises(ValueError, match="cannot fold bn2 and conv2"):
-        jaxbn.fold_tree(broken, epsilon=1e-3)
+        jaxbn.fold_tree(broken, epsilon=1e-3, pairs="by name")
     jax.tree.map(np.testing.assert_array_equal, VARIABLES, before)
 
 
@@ -656,5 +699,6 @@ def test_the_state_that_orbax_saved_of_a_module_is_understood():
     plain = nnx.to_pure_dict(nnx.state(model))
     boxed = jax.tree.map(lambda leaf: {"value": leaf}, plain)
     assert jaxbn.find_pairs(boxed) == (("layers/0", "layers/1"),)
-    folded = (jaxbn.fold_tree(tree, epsilon=1e-5) for tree in (plain, boxed))
+    pairs = jaxbn.find_pairs(boxed)
+    folded = (jaxbn.fold_tree(tree, epsilon=1e-5, pairs=pairs) for tree in (plain, boxed))
     jax.tree.map(np.testing.assert_array_equal, *folded)

@@ -4,8 +4,13 @@ A case is named `system-case`, so that `-k truth` selects a system. How a case o
 is run is told in `tests/golden_runners/<system>.py`, by a function `run(case)`.
 """
 
+import inspect
 import json
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
 
 from tests.golden_runners import (
     eqx,
@@ -14,6 +19,7 @@ from tests.golden_runners import (
     linen,
     nnx,
     tf1,
+    tf1_arguments,
     torch,
     truth,
 )
@@ -63,3 +69,11 @@ def test_case(case):
 
 def test_every_system_is_known(systems):
     assert systems <= set(RUNNERS)
+
+
+@pytest.mark.parametrize("name", tf1_arguments.REGULARIZERS)
+def test_regularizers_of_tensorflow_leave_a_weight_of_0_alone(name):
+    regularizer = tf1_arguments.REGULARIZERS[name]
+    options = dict.fromkeys(inspect.signature(regularizer).parameters, 0.5)
+    value, gradient = jax.value_and_grad(regularizer(**options))(jnp.array([0.0, -2.0]))
+    assert (value > 0, gradient[0], gradient[1] < 0) == (True, 0, True)

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -113,3 +115,43 @@ def test_equal_layers_share_one_function():
     # 12 layers in 2 shapes, forward and backward; the first block's input may differ.
     functions = [line for line in text.splitlines() if "func.func private @_apply" in line]
     assert len(functions) <= 6
+
+
+# A train step with gradients; prints how many of its programs the cache had, and had not.
+CACHED = """
+import sys, jax, jax.numpy as jnp, jaxbn
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+bn = jaxbn.BatchNorm(activation=jax.nn.relu)
+params, state = bn.init(32)
+x = jnp.ones((64, 16, 16, 32))
+
+@jax.jit
+def step(params, state, x):
+    loss = lambda params, x: bn.apply(params, state, x, True)[0].sum()
+    return jax.grad(loss, (0, 1))(params, x)
+
+events.clear()
+jax.block_until_ready(step(params, state, x))
+for what in ("hits", "misses"):
+    print(events.count(f"/jax/compilation_cache/cache_{what}"))
+"""
+
+
+def test_another_process_finds_the_compiled_program(tmp_path):
+    def run():
+        done = subprocess.run(
+            [sys.executable, "-c", CACHED, str(tmp_path)],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [int(count) for count in done.stdout.split()]
+
+    assert run() == [0, 1]
+    assert run() == [1, 0]

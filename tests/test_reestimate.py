@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+from tests.drawn_variables import draw_variables
 from tests.laws import oracle
 
 RNG = np.random.default_rng(0)
@@ -163,7 +164,7 @@ class NnxNet(nnx.Module):
 
 
 NET = Net()
-VARIABLES = NET.init(jax.random.key(0), DATA[:2], train=False)
+VARIABLES = draw_variables(NET, DATA[:2], train=False)
 VARIABLES["batch_stats"]["first"]["var"] = jnp.full(6, 4.0)
 
 
@@ -372,7 +373,10 @@ NORMALIZERS = {
     "debiased": jaxbn.BatchNorm(momentum=0.9, debias=True),
     "cumulative": jaxbn.BatchNorm(momentum=None, ddof=1),
     "renorm": jaxbn.BatchRenorm(jaxbn.BatchNorm(momentum=0.9)),
-    "ghost": jaxbn.GhostBatchNorm(jaxbn.BatchNorm(momentum=0.9, ddof=1), 7),
+    # What is gathered is the whole batch, however a step alone would track it.
+    "ghost": jaxbn.GhostBatchNorm(
+        jaxbn.BatchNorm(momentum=0.9, ddof=1), 7, tracking="averaged"
+    ),
 }
 MICRO = DATA.reshape(7, 14, 6)
 MICRO_WEIGHTS = WEIGHTS.reshape(7, 14)

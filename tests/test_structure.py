@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn._kernels import accelerator, cpu, tiles
 from jaxbn._kernels.accelerator import Reduction
+from tests.tools import hlo
 
 SHAPE = 32, 16, 16, 64
 FUSES_SUMS = jax.__version_info__ >= (0, 10)
@@ -111,14 +112,23 @@ def test_a_small_batch_takes_no_detour():
         assert detour not in program
 
 
+def in_sample(axes, of, whole):
+    return accelerator.moments(axes, of, True)
+
+
 def in_tiles(axes, of, whole):
     if of.weights is not None:
         return cpu.moments(axes, of, whole)
     return cpu._tiled_moments(axes, of, tiles.cut_of(of.x.shape, axes, 4))
 
 
+def sampled(axes, of, whole):
+    return accelerator.moments(axes, of, True)
+
+
 @pytest.mark.parametrize(
-    "formulation", [cpu.moments, accelerator.moments, accelerator.two_pass, in_tiles]
+    "formulation",
+    [cpu.moments, accelerator.moments, sampled, accelerator.two_pass, in_tiles],
 )
 @pytest.mark.parametrize("mean", [0.0, 3.0, 1e2, 1e4, "far apart"])
 @pytest.mark.parametrize("shape", [(64, 64, 4), (8192, 4), (8191, 4)])
@@ -173,6 +183,29 @@ def test_under_a_sharded_jit_no_activation_moves(kind, shape, spec):
         program = jax.jit(train_and_gradient(apply)).lower(x, x).compile().as_text()
     for move in ("all-gather", "all-to-all", "collective-permute"):
         assert move not in program
+
+
+def test_a_sharded_jit_reduces_once_each_way():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    kept, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    bn = jaxbn.BatchNorm(activation=jax.nn.relu)
+    variables = jax.device_put(bn.init(32), kept)
+    x = jax.device_put(jnp.ones((64, 16, 16, 32)), split)
+
+    def step(variables, x, dy):
+        params, state = variables
+        apply = lambda params, x: bn.apply(params, state, x, True)
+        y, pull, new = jax.vjp(apply, params, x, has_aux=True)
+        return y, new, pull(dy)
+
+    text = jax.jit(step).lower(variables, x, x).compile().as_text()
+    program = hlo.Program(text)
+    reduces = [
+        [each.name for each in found if each.op.startswith("all-reduce")]
+        for found in (program.always(), program.sometimes())
+    ]
+    # One forward and one backward; on CPU the second reading, of lost digits, has two.
+    assert [len(names) for names in reduces] == [2, 2]
 
 
 @pytest.mark.parametrize("activation", [None, jax.nn.relu, jnp.tanh])

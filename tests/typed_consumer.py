@@ -132,7 +132,7 @@ def nnx_models() -> None:
     assert_type(model, Nnx)
     state = jaxbn.nnx.TrainState(model, optax.adamw(1e-3, mask=jaxbn.optim.decay_mask))
     assert_type(state.model, Nnx)
-    assert_type(jaxbn.nnx.fold(state.model), Nnx)
+    assert_type(jaxbn.nnx.fold(state.model, pairs="by name"), Nnx)
     assert_type(jaxbn.optim.clip_scale(0.0), optax.GradientTransformation)
 
 

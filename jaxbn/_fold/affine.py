@@ -35,6 +35,11 @@ class Affine(NamedTuple):
     bias: Array
 
 
+def refused(why: str) -> ValueError:
+    """Returns the error of what cannot be folded, with the way to prove what can."""
+    return ValueError(f"{why} jaxbn.check_fold proves a fold on data.")
+
+
 def as_affine(
     params: Any, state: Any, normalizer: Normalizer[Any, Any] = _DEFAULT
 ) -> Affine:
@@ -74,7 +79,7 @@ def as_affine(
     arrays = {key: jnp.asarray(a) for key, a in arrays.items() if a is not None}
     for key, array in arrays.items():
         if array.shape != jnp.shape(mean):
-            raise ValueError(
+            raise refused(
                 f"the norm has {key} of shape {array.shape} but mean of shape "
                 f"{jnp.shape(mean)}. Take all arrays from the same layer."
             )
@@ -102,7 +107,7 @@ def _check_affine(normalizer: Normalizer[Any, Any]) -> None:
         )
     activation = getattr(normalizer, "activation", None)
     if activation is not None:
-        raise ValueError(
+        raise refused(
             f"a norm with the activation {getattr(activation, '__name__', activation)} is "
             "no affine map, and cannot be folded. Apply the activation outside: "
             "BatchNorm(activation=None)."
@@ -112,13 +117,13 @@ def _check_affine(normalizer: Normalizer[Any, Any]) -> None:
 def _check_values(key: str, values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         where = np.argwhere(~np.isfinite(values))[0].tolist()
-        raise ValueError(
+        raise refused(
             f"the norm has {key}={values[tuple(where)]} at feature {where}. Fold a norm "
             "whose arrays are finite; jaxbn.reestimate makes new statistics."
         )
     if key == "var" and not (values >= 0).all():
         where = np.argwhere(values < 0)[0].tolist()
-        raise ValueError(
+        raise refused(
             f"the norm has var={values[tuple(where)]} at feature {where}, which must not "
             "be negative. Re-estimate the statistics: jaxbn.reestimate."
         )

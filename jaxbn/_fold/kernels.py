@@ -1,20 +1,15 @@
 """Folding: a trained norm becomes part of the kernel and bias of the layer beside it."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbn._dtypes import widest
-from jaxbn._fold.affine import Affine
+from jaxbn._fold.affine import Affine, refused
+from jaxbn._fold.checks import as_dtype_of_kernel, check_exact, check_features
 from jaxbn._typing import Array, Pair
-from jaxbn._values.canonical import known
-
-# These pad with nothing, or with values of x that have passed the norm too.
-_HARMLESS = ("VALID", "CIRCULAR", "REFLECT")
 
 
 class KernelLayout(NamedTuple):
@@ -29,18 +24,18 @@ class KernelLayout(NamedTuple):
         """Returns the kernel as [..., groups, in of a group, out of a group]."""
         axes, rank = (self.in_axis, self.out_axis), kernel.ndim
         if not all(-rank <= a < rank for a in axes) or axes[0] % rank == axes[1] % rank:
-            raise ValueError(
+            raise refused(
                 f"in_axis={axes[0]} and out_axis={axes[1]} do not name two axes of the "
                 f"kernel of shape {kernel.shape}. Flax has them at -2 and -1."
             )
         if self.groups_on not in ("in", "out"):
-            raise ValueError(
+            raise refused(
                 f'groups_on must be "in" or "out", got {self.groups_on!r}. It names the '
                 "axis that counts the features of all groups."
             )
         size = kernel.shape[axes[self.groups_on == "out"]]
         if self.groups < 1 or size % self.groups:
-            raise ValueError(
+            raise refused(
                 f"groups={self.groups} does not divide the {size} features of the kernel "
                 f"of shape {kernel.shape}. Check groups, in_axis and out_axis."
             )
@@ -98,7 +93,8 @@ def fold(
 
     Raises:
         ValueError: An axis is out of range, groups do not divide it, or the features of
-            the kernel, the bias and the norm differ.
+            the kernel, the bias and the norm differ; the result is larger than the dtype of
+            the kernel can hold.
 
     Example:
         >>> import jax.numpy as jnp, jaxbn
@@ -116,12 +112,12 @@ def fold(
     grouped = layout.spread(kernel).astype(wide)
     shape = grouped.shape[-3], 1, grouped.shape[-1]
     features = shape[0] * shape[2]
-    _check_features(kernel, bias, affine, features, features)
+    check_features(kernel, bias, affine, features, features)
     slope, offset = (part.astype(wide) for part in affine)
     folded = grouped * jnp.expand_dims(slope.reshape(shape), tuple(range(grouped.ndim - 3)))
     if bias is not None:
         offset = offset + slope * bias.astype(wide)
-    return layout.join(folded).astype(kernel.dtype), offset.astype(kernel.dtype)
+    return _as_pair(layout.join(folded), offset, kernel.dtype)
 
 
 def fold_into_next(
@@ -174,15 +170,15 @@ def fold_into_next(
     kernel, bias, wide = _arrays(kernel, bias, affine)
     grouped = layout.spread(kernel).astype(wide)
     count, shape_in, shape_out = grouped.shape[-3:]
-    _check_features(kernel, bias, affine, count * shape_in, count * shape_out)
-    _check_exact(grouped.shape[:-3], affine, padding, transposed)
+    check_features(kernel, bias, affine, count * shape_in, count * shape_out)
+    check_exact(grouped.shape[:-3], affine, padding, transposed)
     slope, offset = (part.astype(wide).reshape(count, shape_in, 1) for part in affine)
     spatial = tuple(range(grouped.ndim - 3))
     total = (grouped.sum(spatial) * offset).sum(1).reshape(-1)
     if bias is not None:
         total = total + bias.astype(wide)
     folded = layout.join(grouped * jnp.expand_dims(slope, spatial))
-    return folded.astype(kernel.dtype), total.astype(kernel.dtype)
+    return _as_pair(folded, total, kernel.dtype)
 
 
 def fold_beside(*arrays: Any, after: bool, **options: Any) -> Pair:
@@ -203,44 +199,8 @@ def _arrays(
     return kernel, bias, wide
 
 
-def _check_features(
-    kernel: Array, bias: Array | None, affine: Affine, norm: int, out: int
-) -> None:
-    for name, array, want in (
-        ("norm", affine.scale, norm),
-        ("norm's bias", affine.bias, norm),
-        ("bias", bias, out),
-    ):
-        if array is not None and jnp.shape(array) != (want,):
-            raise ValueError(
-                f"the {name} has the shape {jnp.shape(array)}, but the kernel of shape "
-                f"{jnp.shape(kernel)} asks for {(want,)}. Check in_axis, out_axis and "
-                "groups, and that the two layers are neighbours."
-            )
-
-
-def _check_exact(
-    spatial: tuple[int, ...], affine: Affine, padding: Any, transposed: bool
-) -> None:
-    """Raises unless the offset of the norm reaches every output alike."""
-    bias = known(affine.bias)
-    if not spatial or (bias is not None and not bias.any()):
-        return
-    if isinstance(padding, str):
-        single = padding.upper().startswith("SAME") and math.prod(spatial) == 1
-        pads = not single and padding.upper() not in _HARMLESS
-    else:
-        pads = any(jax.tree.leaves(padding))
-    if transposed:
-        why = "a transposed convolution spreads it unevenly over its outputs"
-    elif padding is None:
-        why = "the padding of the convolution is not told"
-    elif pads:
-        why = f"padding={padding!r} adds zeros behind the norm"
-    else:
-        return
-    raise ValueError(
-        f"the norm has an offset that is not 0, and {why}, so folding would not be exact. "
-        "Keep this norm, or fold it into the layer before it; if there is no padding, say "
-        'padding="VALID".'
+def _as_pair(kernel: Array, bias: Array, dtype: jnp.dtype) -> Pair:
+    return (
+        as_dtype_of_kernel("kernel", kernel, dtype),
+        as_dtype_of_kernel("bias", bias, dtype),
     )

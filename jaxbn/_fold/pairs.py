@@ -1,15 +1,20 @@
 """The norms and linear layers of a tree of variables, and which belong together by name."""
 
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
+from jaxbn._fold.affine import refused
 from jaxbn._norm_names import LINEAR_LAYERS, NORM_LAYERS
 from jaxbn._typing import PyTree
 
 Path = tuple[Any, ...]
+Pairs = Literal["by name"] | Sequence[Sequence[str]]
+
+_LOGGER = logging.getLogger("jaxbn")
 
 _WORDS = re.compile(f"{NORM_LAYERS}|{LINEAR_LAYERS}", re.IGNORECASE)
 
@@ -31,7 +36,7 @@ def find_layers(variables: Mapping[str, PyTree]) -> Layers:
     }
     linears = {name_of(path): path for path, node in _nodes(params) if _has(node, "kernel")}
     if not norms:
-        raise ValueError(
+        raise refused(
             f"there is no norm in the variables, which hold {sorted(map(str, variables))}. "
             'Pass {"params": ..., "batch_stats": ...}, or for NNX '
             "nnx.to_pure_dict(nnx.state(model))."
@@ -92,25 +97,29 @@ def find_pairs(variables: Mapping[str, PyTree]) -> tuple[tuple[str, str], ...]:
 
 
 def ordered_pairs(
-    variables: Mapping[str, PyTree], layers: Layers, pairs: Sequence[Sequence[str]] | None
+    variables: Mapping[str, PyTree], layers: Layers, pairs: Pairs | None
 ) -> list[tuple[str, str, bool]]:
-    """Returns `pairs`, or all, as (linear, norm, whether the norm comes after)."""
+    """Returns pairs as (linear, norm, whether the norm comes after)."""
     if pairs is None:
-        pairs = find_pairs(variables)
-        lonely = sorted(set(layers.norms) - {norm for _, norm in pairs})
-        if lonely:
-            raise ValueError(
-                f"the names do not tell which linear layers {lonely} come after, among "
-                f"{sorted(layers.linears)}. Pass pairs=[(linear, norm), ...], or "
-                "pairs=jaxbn.find_pairs(variables) to leave these norms as they are."
+        raise refused(
+            "pairs does not tell which layers are neighbours. By their names, "
+            f"{_shown(find_pairs(variables))}. Pass pairs=[(linear, norm), ...], or "
+            'pairs="by name" if that is right.'
+        )
+    if isinstance(pairs, str):
+        if pairs != "by name":
+            raise refused(
+                f'pairs must be "by name" or a list of pairs, got {pairs!r}. Write '
+                "[(linear, norm), ...]."
             )
+        pairs = _by_name(variables, layers)
     ordered, used = [], set()
     for pair in pairs:
         linear, norm, after = _ordered(pair, layers)
         # A linear layer may take one norm before it and one after it.
         for name, side in ((norm, None), (linear, after)):
             if (name, side) in used:
-                raise ValueError(
+                raise refused(
                     f"{name} is in two pairs. A norm is folded once, and a linear layer "
                     "takes one norm on each side."
                 )
@@ -119,13 +128,37 @@ def ordered_pairs(
     return ordered
 
 
+def _by_name(
+    variables: Mapping[str, PyTree], layers: Layers
+) -> tuple[tuple[str, str], ...]:
+    """Returns the pairs of all norms, and shows them, as names are no proof."""
+    pairs = find_pairs(variables)
+    lonely = sorted(set(layers.norms) - {norm for _, norm in pairs})
+    if lonely:
+        raise refused(
+            f"the names do not tell which linear layers {lonely} come after, among "
+            f"{sorted(layers.linears)}. Pass pairs=[(linear, norm), ...], or "
+            "pairs=jaxbn.find_pairs(variables) to leave these norms as they are."
+        )
+    _LOGGER.warning(
+        "By their names, which are no proof, %s. Prove it with jaxbn.check_fold.",
+        _shown(pairs),
+    )
+    return pairs
+
+
+def _shown(pairs: Iterable[tuple[str, str]]) -> str:
+    shown = [f"{norm} is folded into {linear}" for linear, norm in pairs]
+    return ", ".join(shown) or "no norm comes after a linear layer"
+
+
 def _ordered(pair: Sequence[str], layers: Layers) -> tuple[str, str, bool]:
     if isinstance(pair, str) or len(pair) < 2:
-        raise ValueError(
+        raise refused(
             f"{pair!r} is no pair of layers. Write (linear, norm) or (norm, linear)."
         )
     if len(pair) > 2:
-        raise ValueError(
+        raise refused(
             f"between {pair[0]} and {pair[-1]} lies {', '.join(pair[1:-1])}, and a norm "
             "moves past no activation: folding is exact for neighbours only. Leave this "
             "pair out."
@@ -135,7 +168,7 @@ def _ordered(pair: Sequence[str], layers: Layers) -> tuple[str, str, bool]:
         return first, second, True
     if first in layers.norms and second in layers.linears:
         return second, first, False
-    raise ValueError(
+    raise refused(
         f"{tuple(pair)} is no pair of a norm and a linear layer: the norms are "
         f"{sorted(layers.norms)}, the linear layers {sorted(layers.linears)}. Write paths "
         "with slashes."

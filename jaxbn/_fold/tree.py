@@ -1,15 +1,16 @@
 """Folding in a whole model: pairs of layers in a tree of variables, by their names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._dtypes import at_least_float32
-from jaxbn._fold.affine import Affine, as_affine
+from jaxbn._fold.affine import Affine, as_affine, refused
 from jaxbn._fold.kernels import fold_beside
 from jaxbn._fold.pairs import (
+    Pairs,
     as_plain,
     find_layers,
     node_at,
@@ -25,7 +26,7 @@ def fold_tree(
     variables: Mapping[str, PyTree],
     *,
     epsilon: float | Mapping[str, float],
-    pairs: Sequence[Sequence[str]] | None = None,
+    pairs: Pairs | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     norms: Literal["removed", "folded"] = "removed",
 ) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def fold_tree(
             nnx.to_pure_dict(nnx.state(model)), or that of a checkpoint of its state.
         epsilon: That of the norms, which no array tells, or those of each by its path.
         pairs: Pairs of paths with slashes, in the order of application: (linear, norm), or
-            (norm, linear). None for `find_pairs`, which must then know all norms.
+            (norm, linear). Or "by name" for `find_pairs`, which must then know all norms;
+            what it paired is shown by the logger "jaxbn".
         options: Further arguments of `fold` and `fold_into_next` by the path of the linear
             layer, such as {"Conv_1": {"padding": "VALID"}}.
         norms: "removed" or "folded".
@@ -53,15 +55,16 @@ def fold_tree(
         New variables, as nested dicts; those passed in are as they were.
 
     Raises:
-        ValueError: A pair is no norm and linear layer of this tree, or names what lies
-            between the two; a layer is folded twice; a norm has no partner; or as `fold`,
-            `fold_into_next` and `as_affine` do. The message names the layers.
+        ValueError: pairs is not told, and the message shows what names would tell; a pair
+            is no norm and linear layer of this tree, or names what lies between the two; a
+            layer is folded twice; a norm has no partner; or as `fold`, `fold_into_next` and
+            `as_affine` do. The message names the layers.
 
     Example:
         >>> import jax.numpy as jnp, jaxbn
         >>> stats = {"mean": jnp.array([1.0]), "var": jnp.array([3.0])}
         >>> variables = {"conv1": {"kernel": jnp.array([[4.0]])}, "bn1": stats}
-        >>> print(jaxbn.fold_tree(variables, epsilon=1.0))
+        >>> print(jaxbn.fold_tree(variables, epsilon=1.0, pairs=[("conv1", "bn1")]))
         {'conv1': {'kernel': Array([[2.]], dtype=float32),
                    'bias': Array([-0.5], dtype=float32)}}
     """
@@ -70,7 +73,7 @@ def fold_tree(
     if norms not in ("removed", "folded"):
         raise ValueError(f'norms must be "removed" or "folded", got {norms!r}.')
     if norms == "folded" and split(variables)[0] is variables:
-        raise ValueError(
+        raise refused(
             'norms="folded" is for the variables of linen, {"params": ..., "batch_stats": '
             '...}, got a single tree. Use norms="removed", or jaxbn.nnx.fold(model).'
         )
@@ -78,7 +81,7 @@ def fold_tree(
     ordered = ordered_pairs(variables, layers, pairs)
     unknown = set(options) - set(layers.linears)
     if unknown:
-        raise ValueError(
+        raise refused(
             f"options name {sorted(unknown)}, but the linear layers are "
             f"{sorted(layers.linears)}. Write paths with slashes."
         )
@@ -114,7 +117,7 @@ def _fold_pair(
     # A linear layer that was made without a bias cannot take one in the same model.
     if not remove and bias is None:
         if not options["after"] and bool(jnp.any(affine.bias)):
-            raise ValueError(
+            raise refused(
                 "the linear layer has no bias to take the offset of the norm before it. "
                 'Give it one (use_bias=True), or use norms="removed".'
             )
@@ -136,7 +139,7 @@ def _let_pass(
     dtype = at_least_float32(jnp.result_type(norm["var"]))
     var = np.ones((), dtype) - np.asarray(epsilon, dtype)
     if var < 0:
-        raise ValueError(
+        raise refused(
             f'norms="folded" gives the norm a variance of 1 - epsilon, got epsilon='
             f'{epsilon}. Use norms="removed".'
         )
@@ -154,7 +157,7 @@ def _epsilon_of(epsilon: float | Mapping[str, float], norm: str) -> float:
     if not isinstance(epsilon, Mapping):
         return epsilon
     if norm not in epsilon:
-        raise ValueError(
+        raise refused(
             f"epsilon tells nothing of this norm, only of {sorted(epsilon)}. Give that of "
             "every norm, or one number for all."
         )

@@ -5,8 +5,8 @@ has to be kept apart, and a conditional would make a GPU wait for the host.
 """
 
 import functools
-import math
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import lax
 from jaxbn._dtypes import upcast
 from jaxbn._kernels.compensated import settled, two_sum
 from jaxbn._kernels.operation import has_known_size, is_small, number_of_elements
-from jaxbn._sharding import broadcast_like, unsplit_axes
+from jaxbn._sharding import broadcast_like, may_be_split
 from jaxbn._typing import Array, DTypeLike
 
 Triple = tuple[Array, Array, Array]
@@ -23,9 +23,8 @@ Triple = tuple[Array, Array, Array]
 # The sample holds at least 1/32 of x. If its mean is off by d, then var >= d^2 / 32, so at
 # most 5 bits cancel in E[d^2] - E[d]^2.
 SPARSENESS = 32
-# The sampled rows still divide evenly over up to 256 devices; on more, XLA may have to
-# reshard them.
-MANY = 256
+# Use E[x^2] - E[x]^2 only while mean^2 <= 16 var, where at most 4 bits cancel.
+ILL_CONDITIONED = 16.0
 
 
 class Reduction(NamedTuple):
@@ -89,12 +88,46 @@ def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
     """Returns the mean, what its rounding left out, and the biased variance.
 
     Sums deviations from the mean of a sample, and their squares, in one reading of x.
-    Weighted arrays, of which a sample may hold nothing, are read twice.
+    Weighted arrays, of which a sample may hold nothing, are read twice. Where x may be
+    split over devices, the mean of a sample would be one more all-reduce.
     """
+    if not whole and may_be_split(of.x, axes):
+        return guarded(axes, of)
     if of.weights is not None or is_small(of.x) or not has_known_size(of.x):
         return two_pass(axes, of, whole)
     shift = sample_mean(axes, of.x)
     return around(axes, of, shift, upcast(of.x) - shift)
+
+
+def guarded(
+    axes: tuple[int, ...], of: Reduction, apart: Callable[..., Any] = lambda of, *_: of
+) -> Triple:
+    """Sums x and its square, and reads x again where that has lost digits.
+
+    Args:
+        axes: Those that are summed over.
+        of: What is summed.
+        apart: Returns its first argument as values that XLA reads for one sum only; the
+            others tell apart what else would be equal.
+    """
+    first, second = apart(of), apart(of, lax.full_like(of.x, 1, shape=(1,)))
+    total = weighted_sum(axes, first, upcast(first.x))
+    square = weighted_sum(axes, second, upcast(second.x), upcast(second.x))
+    count = divisor(count_of(axes, of))
+    squared = (total / count) * (total / count)
+    well = jnp.all(squared <= ILL_CONDITIONED * (square / count - squared))
+    shift = settled(total / count)
+
+    def again() -> tuple[Array, Array]:
+        first, by = apart((of, shift))
+        slip = weighted_sum(axes, first, upcast(first.x) - by)
+        second, by = apart((of, shift), slip)
+        deviation = upcast(second.x) - by
+        return slip, weighted_sum(axes, second, deviation, deviation)
+
+    slip, spread = lax.cond(well, lambda: (total, square), again)
+    shift = lax.select(well, lax.full_like(shift, 0), shift)
+    return combined(shift, slip / count, spread / count)
 
 
 def two_pass(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
@@ -158,22 +191,12 @@ def divisor(count: Any) -> Any:
 
 
 def sample_of(axes: tuple[int, ...], x: Array) -> Array:
-    """Returns a part of `x`, cut so that a batch spread over devices need not move.
-
-    The first axis is that of the batch, and only cut if there is no other.
-    """
-    free = unsplit_axes(x, axes)
-    if len(axes) == 1 and free:
-        (axis,) = axes
-        step = max(math.gcd(x.shape[axis], SPARSENESS * MANY) // MANY, 1)
-        shape = *x.shape[:axis], x.shape[axis] // step, step, *x.shape[axis + 1 :]
-        return lax.index_in_dim(x.reshape(shape), 0, axis + 1, keepdims=False)
+    """Returns a part of `x`, some of every example where there are further axes."""
     limits, sparseness = list(x.shape), SPARSENESS
-    for axis in axes[1:]:
-        if axis in free:
-            step = min(x.shape[axis], sparseness)
-            limits[axis] = -(-x.shape[axis] // step)
-            sparseness //= step
+    for axis in axes[1:] or axes:
+        step = min(x.shape[axis], sparseness)
+        limits[axis] = -(-x.shape[axis] // step)
+        sparseness //= step
     return lax.slice(x, [0] * x.ndim, limits)
 
 

@@ -25,14 +25,9 @@ from jaxbn._kernels.accelerator import (
     count_of,
     divisor,
     opened,
-    weighted_sum,
 )
-from jaxbn._kernels.compensated import settled
 from jaxbn._kernels.operation import is_small
 from jaxbn._typing import Array
-
-# Use E[x^2] - E[x]^2 only while mean^2 <= 16 var, where at most 4 bits cancel.
-ILL_CONDITIONED = 16.0
 
 
 def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
@@ -47,24 +42,7 @@ def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
     cut = tiles.cut(of.x, axes, 1) if whole and of.weights is None else None
     if cut is not None:
         return _tiled_moments(axes, of, cut)
-    first, second = _unseen(of), _unseen(of, lax.full_like(of.x, 1, shape=(1,)))
-    total = weighted_sum(axes, first, upcast(first.x))
-    square = weighted_sum(axes, second, upcast(second.x), upcast(second.x))
-    count = divisor(count_of(axes, of))
-    squared = (total / count) * (total / count)
-    well = jnp.all(squared <= ILL_CONDITIONED * (square / count - squared))
-    shift = settled(total / count)
-
-    def again() -> tuple[Array, Array]:
-        first, by = _unseen((of, shift))
-        slip = weighted_sum(axes, first, upcast(first.x) - by)
-        second, around = _unseen((of, shift), slip)
-        deviation = upcast(second.x) - around
-        return slip, weighted_sum(axes, second, deviation, deviation)
-
-    slip, spread = lax.cond(well, lambda: (total, square), again)
-    shift = lax.select(well, lax.full_like(shift, 0), shift)
-    return combined(shift, slip / count, spread / count)
+    return accelerator.guarded(axes, of, _unseen)
 
 
 def _tiled_moments(axes: tuple[int, ...], of: Reduction, cut: tiles.Cut) -> Triple:

@@ -15,9 +15,10 @@ Example:
 """
 
 from jaxbn._layers.ema_batch_norm import EmaBatchNorm
+from jaxbn.convert._checkpoint import Checkpoint
 from jaxbn.convert._converted import Converted
 from jaxbn.convert._equinox import find_equinox, from_equinox, to_equinox
-from jaxbn.convert._files import CheckpointError, load, save
+from jaxbn.convert._files import CheckpointError, load, read, save
 from jaxbn.convert._flax import find_flax, from_flax, to_flax
 from jaxbn.convert._haiku import find_haiku, from_haiku, to_haiku
 from jaxbn.convert._keras import find_keras, from_keras, to_keras
@@ -26,6 +27,7 @@ from jaxbn.convert._torch import find_torch, from_torch, to_torch
 from jaxbn.convert._whole_model import Found
 
 __all__ = [
+    "Checkpoint",
     "CheckpointError",
     "Converted",
     "EmaBatchNorm",
@@ -43,6 +45,7 @@ __all__ = [
     "from_tf1",
     "from_torch",
     "load",
+    "read",
     "save",
     "to_equinox",
     "to_flax",

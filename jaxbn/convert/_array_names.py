@@ -1,11 +1,13 @@
 """Finds which arrays belong to one layer by the names that a library gives them."""
 
 import dataclasses
-import re
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
+from jaxbn._norm_names import without_wrappers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Naming:
         library: Its name, for messages.
         separator: What joins the parts of a name.
         spellings: For each role that an array plays, how it is named, `*` being the name
-            of the layer; the first spelling that is there counts.
+            of the layer, and the next character what joins it to the rest; the first
+            spelling that is there counts.
         required_roles: A layer is a batch norm if it has an array of one of these roles.
     """
 
@@ -27,12 +30,12 @@ class Naming:
 
     def name(self, spelling: str, layer: str) -> str:
         """Returns the name of an array of `layer`, which may be empty."""
-        head, tail = spelling.split("*" + self.separator)
-        return head + (layer + self.separator if layer else "") + tail
+        head, tail = spelling.split("*")
+        return head + (layer + tail if layer else tail[1:])
 
     def tail(self, spelling: str) -> str:
         """Returns the name of an array within its layer."""
-        return spelling.split("*" + self.separator)[1]
+        return spelling.split("*")[1][1:]
 
     def layers(self, names: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         """Returns the batch norms: the spelling of each role that is there, by layer."""
@@ -49,13 +52,38 @@ class Naming:
             if roles.keys() & set(self.required_roles)
         }
 
+    def unwrapped(self, name: str, layers: Mapping[str, Any]) -> str:
+        """Returns the one of the layers that is named so but for wrappers around it."""
+        if name in layers:
+            return name
+        same = [
+            layer for layer in layers if without_wrappers(layer, self.separator) == name
+        ]
+        return same[0] if len(same) == 1 else name
+
+    @functools.cached_property
+    def _tails(self) -> tuple[str, ...]:
+        return tuple({self.tail(s) for texts in self.spellings.values() for s in texts})
+
     def _readings(self, name: str) -> Iterator[tuple[str, str, str]]:
-        separator = re.escape(self.separator)
-        for role, spellings in self.spellings.items():
-            for spelling in spellings:
-                head, tail = map(re.escape, spelling.split("*" + self.separator))
-                if match := re.fullmatch(f"{head}(?:(.+){separator})?{tail}", name):
-                    yield role, spelling, match[1] or ""
+        # Most arrays of a model are none of a norm.
+        if not name.endswith(self._tails):
+            return
+        found = []
+        for role, texts in self.spellings.items():
+            for spelling in texts:
+                head, tail = spelling.split("*")
+                if name == head + tail[1:]:
+                    found.append((head, role, spelling, ""))
+                elif name.startswith(head) and name.endswith(tail):
+                    layer = name[len(head) : len(name) - len(tail)]
+                    found += [(head, role, spelling, layer)] if layer else []
+        # What one spelling takes for a collection, another takes for a part of the name.
+        longest = max((len(head) for head, *_ in found), default=0)
+        for head, *reading in found:
+            if len(head) == longest:
+                role, spelling, layer = reading
+                yield role, spelling, layer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,6 +134,7 @@ class LayerArrays:
 
 def flatten(tree: Any, separator: str) -> dict[str, Any]:
     """Returns the leaves of nested mappings by their joined names."""
+    tree = as_mapping(tree)
     if not isinstance(tree, Mapping):
         raise TypeError(
             f"the arrays must come in a mapping by their names, got {type(tree).__name__}. "
@@ -121,3 +150,26 @@ def flatten(tree: Any, separator: str) -> dict[str, Any]:
                 raise ValueError(f"two arrays have the name {name!r}. Rename one of them.")
             flat[name] = leaf
     return flat
+
+
+def as_mapping(arrays: Any) -> Any:
+    """Returns the variables of a framework by their paths, and anything else as it is.
+
+    Keras and TensorFlow list variables, which have a path or at least a name.
+    """
+    if isinstance(arrays, (Mapping, str)) or not isinstance(arrays, Iterable):
+        return arrays
+    variables = list(arrays)
+    named: dict[str, Any] = {}
+    for variable in variables:
+        path = getattr(variable, "path", None) or getattr(variable, "name", None)
+        if not isinstance(path, str):
+            return arrays
+        if path in named:
+            raise ValueError(
+                f"two variables have the path {path!r}, and a dict would lose one. Pass "
+                "the variables of one part of the model after the other, or name layers "
+                "apart."
+            )
+        named[path] = variable
+    return named

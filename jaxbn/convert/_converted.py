@@ -82,7 +82,7 @@ def read_one(
     """Returns the layer of that name, or raises."""
     flat = flatten(arrays, naming.separator)
     layers = naming.layers(flat)
-    name = name.removesuffix(naming.separator)
+    name = naming.unwrapped(name.removesuffix(naming.separator), layers)
     if name not in layers:
         required = [naming.spellings[role][0] for role in naming.required_roles]
         raise ValueError(

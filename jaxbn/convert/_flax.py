@@ -9,25 +9,27 @@ import numpy as np
 
 from jaxbn._fold.pairs import as_plain
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._norm_names import FLAX
+from jaxbn._norm_names import FLAX, spellings
 from jaxbn._state import BatchStats
 from jaxbn._typing import Axes, DTypeLike
-from jaxbn.convert._array_names import LayerArrays, Naming
+from jaxbn.convert._array_names import LayerArrays, Naming, flatten
 from jaxbn.convert._arrays import checked, per_feature, plain, to_layer, to_stats
 from jaxbn.convert._converted import Converted, nested, read_one, write_one
 from jaxbn.convert._whole_model import Found, find, with_defaults, with_options_of
 
-_LINEN = Naming(
-    "Flax linen",
-    "/",
-    {
-        "scale": ("params/*/scale",),
-        "bias": ("params/*/bias",),
-        "mean": ("batch_stats/*/mean",),
-        "var": ("batch_stats/*/var",),
-    },
-)
-_NNX = Naming("Flax NNX", "/", {role: (f"*/{name}",) for role, name in FLAX.items()})
+_PLAIN = spellings(FLAX, "/", ("", "/value", "/raw_value"), others={})
+_NNX = Naming("Flax NNX", "/", _PLAIN)
+
+
+def _linen(above: str) -> Naming:
+    """Returns the names of linen's variables that lie below a node of a tree, if any."""
+    heads = dict.fromkeys(("scale", "bias"), "params/")
+    heads |= dict.fromkeys(("mean", "var"), "batch_stats/")
+    texts = {r: tuple(above + heads[r] + text for text in _PLAIN[r]) for r in heads}
+    return Naming("Flax linen", "/", texts)
+
+
+_LINEN = _linen("")
 
 
 def from_flax(
@@ -139,8 +141,17 @@ def find_flax(
 
 
 def _naming(arrays: Mapping[str, Any]) -> Naming:
-    is_linen = any(str(name).split("/")[0] == "batch_stats" for name in arrays)
-    return _LINEN if is_linen else _NNX
+    above = set()
+    for name in flatten(arrays, "/"):
+        nodes = name.split("/")
+        if "batch_stats" in nodes:
+            above.add("".join(f"{n}/" for n in nodes[: nodes.index("batch_stats")]))
+    if len(above) > 1:
+        raise ValueError(
+            f"there are several batch_stats, below {sorted(above)}: of a model and of its "
+            "average? Pass one of these parts of the tree."
+        )
+    return _linen(above.pop()) if above else _NNX
 
 
 def _read(

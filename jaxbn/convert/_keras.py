@@ -6,15 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._norm_names import TENSORFLOW
+from jaxbn._norm_names import ENDINGS, TENSORFLOW, spellings
 from jaxbn._typing import DTypeLike
 from jaxbn.convert._array_names import Naming
 from jaxbn.convert._converted import Converted, read_one, write_one
 from jaxbn.convert._tf_variables import TensorFlow, read_variables, write_variables
 from jaxbn.convert._whole_model import Found, find, with_defaults, with_options_of
 
+# The collections of Keras' variables in Orbax, and those of MXNet, which has its names.
+_PARAMS, _STATS = ("trainable_variables/", "arg:"), ("non_trainable_variables/", "aux:")
 _KERAS = Naming(
-    "Keras", "/", {role: (f"*/{name}", f"*/{name}:0") for role, name in TENSORFLOW.items()}
+    "Keras",
+    "/",
+    {
+        role: (
+            *texts,
+            *(
+                head + text
+                for head in (_PARAMS if role in ("scale", "bias") else _STATS)
+                for text in texts
+            ),
+        )
+        for role, texts in spellings(TENSORFLOW, "/_", ("", *ENDINGS)).items()
+    },
 )
 
 
@@ -33,8 +47,9 @@ def from_keras(
     """Returns a batch norm of Keras.
 
     Args:
-        arrays: The variables by their paths: `{v.path: v.numpy() for v in model.variables}`
-            in Keras 3, `v.name` in tf.keras, whose names end in `:0`.
+        arrays: The variables, `model.variables`, or arrays by their paths, `v.path` in
+            Keras 3, `v.name` in tf.keras, whose names end in `:0`; also as object
+            checkpoints of TensorFlow 2 name them, or MXNet, whose `axis` is 1.
         prefix: The path of the layer: `sequential/batch_normalization`.
         axis: As the layer was made with.
         momentum: As the layer was made with.
@@ -51,8 +66,8 @@ def from_keras(
         A `Converted`, with a `BatchRenorm` where there are renorm statistics.
 
     Raises:
-        ValueError: The layer or its moving statistics are missing; an array has the wrong
-            shape, is not finite, or a variance is negative.
+        ValueError: The layer or its moving statistics are missing; two variables have one
+            path; an array has the wrong shape, is not finite, or a variance is negative.
 
     Example:
         >>> import numpy as np

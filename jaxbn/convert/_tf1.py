@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbn._norm_names import TENSORFLOW
+from jaxbn._norm_names import ENDINGS, TENSORFLOW, spellings
 from jaxbn.convert._array_names import Naming
 from jaxbn.convert._converted import Converted, read_one, write_one
 from jaxbn.convert._tf_variables import TensorFlow, read_variables, write_variables
@@ -14,7 +14,7 @@ from jaxbn.convert._whole_model import Found, find, with_defaults, with_options_
 
 _SHADOW = "/ExponentialMovingAverage"
 _SPELLINGS: dict[str, tuple[str, ...]] = {
-    **{role: (f"*/{name}", f"*/{name}:0") for role, name in TENSORFLOW.items()},
+    **spellings(TENSORFLOW, "/", ("", *ENDINGS)),
     "biased": ("*/moving_mean/biased",),
     "local_step": ("*/moving_mean/local_step",),
     "old_renorm": ("*/renorm_mean_weight", "*/renorm_stddev_weight"),

@@ -7,18 +7,14 @@ from typing import Any
 import numpy as np
 
 from jaxbn._layers.batch_norm import BatchNorm
-from jaxbn._norm_names import TORCH
+from jaxbn._norm_names import TORCH, spellings
 from jaxbn._state import BatchStats
 from jaxbn.convert._array_names import LayerArrays, Naming
 from jaxbn.convert._arrays import checked, per_feature, plain, to_layer, to_stats
 from jaxbn.convert._converted import Converted, read_one, write_one
 from jaxbn.convert._whole_model import Found, find, with_defaults, with_options_of
 
-_TORCH = Naming(
-    "PyTorch",
-    ".",
-    {role: (f"*.{name}",) for role, name in TORCH.items()},
-)
+_TORCH = Naming("PyTorch", ".", spellings(TORCH, "."))
 
 
 def from_torch(
@@ -27,6 +23,7 @@ def from_torch(
     *,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
+    feature_axes: int = 1,
 ) -> Converted[BatchNorm, BatchStats]:
     """Returns a batch norm of a PyTorch state dict.
 
@@ -39,6 +36,8 @@ def from_torch(
         prefix: The name of the module: `layer1.0.bn2`.
         eps: As the module was made with.
         momentum: As the module was made with: the weight of the new batch, or None.
+        feature_axes: The axis of the channels in x: 1 in PyTorch; -1 in MLX, which names
+            arrays as PyTorch does, and for a model of which only the weights came here.
 
     Returns:
         A `Converted`.
@@ -59,7 +58,8 @@ def from_torch(
     References:
         PyTorch, `torch.nn.modules.batchnorm`.
     """
-    return read_one(_TORCH, arrays, prefix, _reader(eps, momentum), _write)
+    read = _reader(eps, momentum, feature_axes)
+    return read_one(_TORCH, arrays, prefix, read, _write)
 
 
 def to_torch(layer: Converted[Any, Any], prefix: str = "") -> dict[str, np.ndarray]:
@@ -119,17 +119,17 @@ def find_torch(
     return find(_TORCH, arrays, _reader(**with_defaults(from_torch, options)), _write)
 
 
-def _reader(eps: float, momentum: float | None) -> Any:
+def _reader(eps: float, momentum: float | None, feature_axes: int) -> Any:
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(
             f"PyTorch's momentum must lie in [0, 1], got {momentum}. Pass the one that the "
             "module was made with, the weight of the new batch."
         )
-    return functools.partial(_read, eps=eps, momentum=momentum)
+    return functools.partial(_read, eps=eps, momentum=momentum, feature_axes=feature_axes)
 
 
 def _read(
-    found: LayerArrays, *, eps: float, momentum: float | None
+    found: LayerArrays, *, eps: float, momentum: float | None, feature_axes: int
 ) -> Converted[BatchNorm, BatchStats]:
     found.require("mean", "var")
     read = checked(found, ("scale", "bias", "mean", "var"))
@@ -139,7 +139,9 @@ def _read(
         count = np.full(read.features, found.count("count"), var.dtype)
         (weight,) = to_stats(count)
     decay = None if momentum is None else 1 - momentum
-    bn, params = to_layer(read, feature_axes=1, momentum=decay, epsilon=eps, ddof=1)
+    bn, params = to_layer(
+        read, feature_axes=feature_axes, momentum=decay, epsilon=eps, ddof=1
+    )
     return Converted(bn, params, BatchStats(mean, var, weight), read.notes)
 
 

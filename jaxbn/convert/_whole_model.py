@@ -2,13 +2,14 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
-from jaxbn.convert._array_names import Naming, flatten
+from jaxbn.convert._array_names import Naming, as_mapping, flatten
 from jaxbn.convert._converted import Layer, Read, Write, read_layer, write_one
+from jaxbn.convert._suspicious import find_suspicious
 
 Options = ParamSpec("Options")
 Result = TypeVar("Result")
@@ -36,10 +37,14 @@ class Found(Generic[Layer]):
     Attributes:
         layers: A `Converted` for each name of a layer, in the order of the arrays.
         left: The names of the arrays that belong to none of them.
+        suspicious: What to look at by hand, and why: arrays that are left though they look
+            like running statistics or a batch norm, and layers without params among others
+            that have them.
     """
 
     layers: Mapping[str, Layer]
     left: tuple[str, ...]
+    suspicious: Mapping[str, str]
     _tree: Any = dataclasses.field(repr=False)
     _naming: Naming = dataclasses.field(repr=False)
     _write: Write = dataclasses.field(repr=False)
@@ -93,16 +98,21 @@ class Found(Generic[Layer]):
             rows.append((f"... {len(self.left) - _SHOWN} more", "", "", "", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines.append(
-            f"batch norms: {len(self.layers)}, of {count} arrays; left: {len(self.left)}"
-        )
-        return "\n".join(lines)
+        last = f"batch norms: {len(self.layers)}, of {count} arrays; left: {len(self.left)}"
+        if self.suspicious:
+            last += f"; suspicious: {len(self.suspicious)}"
+            lines += [
+                "suspicious",
+                *_few(f"{n}: {why}" for n, why in self.suspicious.items()),
+            ]
+        return "\n".join([*lines, last])
 
 
 def find(
     naming: Naming, tree: Mapping[str, Any], read: Read[Layer], write: Write
 ) -> Found[Layer]:
     """Returns all batch norms of a model, or raises with all that is wrong with them."""
+    tree = as_mapping(tree)
     flat = flatten(tree, naming.separator)
     layers, wrong, taken = {}, [], set()
     for name, spellings in naming.layers(flat).items():
@@ -119,7 +129,9 @@ def find(
             + "\n".join(wrong)
         )
     left = tuple(name for name in flat if name not in taken)
-    return Found(layers, left, tree, naming, write)
+    roles = {name: layer.source.read.spellings.keys() for name, layer in layers.items()}
+    suspicious = find_suspicious(roles, left, flat)
+    return Found(layers, left, suspicious, tree, naming, write)
 
 
 def with_options_of(
@@ -153,6 +165,12 @@ def _shape(array: Any) -> tuple[str, str]:
         return "", type(array).__name__
     dtype = str(array.dtype).removeprefix("torch.")
     return "x".join(map(str, array.shape)) or "()", dtype
+
+
+def _few(lines: Iterable[str]) -> list[str]:
+    every = list(lines)
+    more = [f"... {len(every) - _SHOWN} more"] if len(every) > _SHOWN else []
+    return every[:_SHOWN] + more
 
 
 def _replaced(tree: Any, path: tuple[str, ...], separator: str, new: Callable) -> Any:

@@ -1,7 +1,8 @@
 """Says what is wrong with the statistics of a trained model, and what to do about it."""
 
 from jaxbn.diagnose._diagnose import diagnose
-from jaxbn.diagnose._report import Finding, LayerReport, Report
+from jaxbn.diagnose._layer_report import LayerReport
+from jaxbn.diagnose._report import Finding, Report
 
 __all__ = [
     "Finding",

@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxbn.convert import load
+from jaxbn.convert import read
 from jaxbn.diagnose._diagnose import diagnose
 
 
@@ -20,21 +20,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "checkpoint",
-        help="a .safetensors, .npz, .pth, .pt or .bin file, or a folder written by Orbax",
+        help="a file or folder of any format that docs/convert.md lists",
     )
     parser.add_argument("--steps", type=int, help="training steps that the model took")
-    parser.add_argument("--momentum", type=float, help="the decay of its layers")
-    parser.add_argument("--epsilon", type=float, default=1e-5, help="default: 1e-5")
+    parser.add_argument(
+        "--momentum",
+        type=float,
+        help="that of its layers, as its framework counts: 0.1 for PyTorch's default",
+    )
+    parser.add_argument(
+        "--epsilon", type=float, help="that of its layers; default: its framework's"
+    )
     parser.add_argument("--plot", metavar="FILE", help="also draw the layers")
     options = parser.parse_args(arguments)
     try:
+        checkpoint = read(options.checkpoint)
         report = diagnose(
-            load(options.checkpoint),
+            checkpoint.arrays,
             steps=options.steps,
             momentum=options.momentum,
             epsilon=options.epsilon,
         )
-        print(report)
+        print(checkpoint, report, sep="\n\n")
         if options.plot is not None:
             report.plot(options.plot)
     except (ImportError, OSError, TypeError, ValueError) as error:

@@ -5,28 +5,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxbn.diagnose import _limits
 from jaxbn.diagnose._array_checks import unconverged
 from jaxbn.diagnose._find_norms import NormArrays
-from jaxbn.diagnose._measure import Gap, Measurement
+from jaxbn.diagnose._measure import Measurement
 from jaxbn.diagnose._report import Finding, as_evidence
 
-# Batches are small if their means lie so many standard deviations apart: 1 / sqrt(6).
-_NOISY = 0.4
 # Batches are unlike each other if the variance of their means is so many times that of
 # batches drawn at random.
 _UNLIKE = 4
-# Statistics drift if the means lie so many standard deviations from the batches, or the
-# standard deviations differ by so large a factor, and that by so many times the sampling
-# error.
-_SHIFT, _STRETCH, _SAMPLING = 0.4, 1.6, 5.0
-# Statistics have not converged if more than this share of the initial ones is left, and
-# if that explains so much of the drift.
-_LEFT, _FIT = 0.05, 0.7
+# What is beyond a limit must also be so many times the sampling error.
+_SAMPLING = 5.0
+# Initial statistics explain a drift if they explain so much of it.
+_FIT = 0.7
 # Weights were averaged if the logarithm of running over batch standard deviation exceeds
 # _WIDE in a share _MOST of the layers, and _WIDE_MEAN on average.
 _WIDE, _MOST, _WIDE_MEAN = 0.05, 0.7, 0.07
-# Evaluation may be off by so many standard deviations of the output.
-_GAP = 0.5
 
 
 class Drift(NamedTuple):
@@ -47,20 +41,21 @@ def measure_drift(layer: NormArrays, seen: Measurement, epsilon: float) -> Drift
     factor = np.log(np.maximum(layer.var, 0) + epsilon) / 2 - np.log(std)
     shift = float(np.sqrt(np.mean(np.square(apart))))
     spread = float(np.sqrt(np.mean(np.square(factor))))
-    chance = _SAMPLING * _chance(seen)
-    large = shift > max(_SHIFT, chance) or spread > max(np.log(_STRETCH), chance)
+    chance = sampling_error(seen)
+    large = shift > max(_limits.SHIFT, chance)
+    large |= spread > max(np.log(_limits.STRETCH), chance)
     finite = bool(np.isfinite(shift) and np.isfinite(spread))
     return Drift(shift, float(np.exp(spread)), float(np.mean(factor)), large and finite)
 
 
-def check_batches(layer: str, seen: Measurement) -> Iterator[Finding]:
+def check_batches(layer: NormArrays, seen: Measurement) -> Iterator[Finding]:
     """Yields what is wrong with the batches of a layer."""
-    if not seen.noise > _NOISY:
+    if not seen.noise > _limits.NOISE:
         return
     evidence = as_evidence(noise=seen.noise, rows=seen.rows, elements=seen.noise**-2)
     if seen.noise**2 * seen.rows > _UNLIKE:
         yield Finding(
-            layer,
+            layer.name,
             "unlike-batches",
             "warning",
             evidence,
@@ -70,14 +65,13 @@ def check_batches(layer: str, seen: Measurement) -> Iterator[Finding]:
         )
     else:
         yield Finding(
-            layer,
+            layer.name,
             "small-batch",
             "warning",
             evidence,
             f"the means of batches lie {seen.noise:.2f} standard deviations apart, as "
             f"with {seen.noise**-2:.1f} independent elements per feature.",
-            "Use larger batches, synchronize over devices with axis_name, use "
-            "jaxbn.BatchRenorm, or freeze the layer.",
+            f"Use larger batches, {layer.framework.synchronize}, or freeze the layer.",
         )
 
 
@@ -94,15 +88,15 @@ def explain_drift(
         return
     left, fit = _initial_share([row[:2] for row in measured])
     # If the steps are known and were enough, the statistics have converged.
-    possible = any(not seen.momentum**steps < _LEFT / 2 for _, seen, _ in measured)
-    if possible and left > _LEFT and fit > _FIT:
+    possible = any(not seen.momentum**steps < _limits.LEFT / 2 for _, seen, _ in measured)
+    if possible and left > _limits.LEFT and fit > _FIT:
         for layer, seen, _ in measured:
-            yield unconverged(layer.name, left, seen.momentum, steps)
+            yield unconverged(layer, left, seen.momentum, steps)
         return
     wide = np.array([drift.wide for _, _, drift in measured])
     if len(wide) > 1 and np.mean(wide > _WIDE) >= _MOST and wide.mean() > _WIDE_MEAN:
         for layer, _, drift in measured:
-            yield _averaged(layer.name, drift)
+            yield _averaged(layer, drift)
         return
     drifting = [row for row in measured if row[2].large]
     for layer, _, drift in drifting:
@@ -115,42 +109,29 @@ def explain_drift(
             f"batches and the deviations differ by a factor of {drift.stretch:.2f}; "
             f"{len(drifting)} of {len(measured)} layers drift.",
             "If the data were prepared otherwise, or are of another domain, prepare them "
-            "as in training or reestimate the statistics; if the params were changed "
-            "since, reestimate.",
+            "as in training; if they are right, or the params were changed since, "
+            f"{layer.framework.reestimate}.",
         )
 
 
-def _averaged(layer: str, drift: Drift) -> Finding:
+def _averaged(layer: NormArrays, drift: Drift) -> Finding:
     return Finding(
-        layer,
+        layer.name,
         "averaged-weights",
         "error",
         as_evidence(wide=drift.wide, shift=drift.shift, stretch=drift.stretch),
         f"the running deviations are {np.expm1(drift.wide):+.0%} off those of the "
         "batches, and wider in almost every layer: averaged weights make narrower "
         "activations than the weights that the statistics come from.",
-        "Estimate the statistics anew with the averaged weights before evaluation.",
+        "With the averaged weights before evaluation, do so once: "
+        f"{layer.framework.reestimate}.",
     )
 
 
-def check_gap(
-    layers: Sequence[NormArrays], measurements: Sequence[Measurement], gap: Gap
-) -> Iterator[Finding]:
-    """Yields a finding if evaluation is far from what the batches would give."""
-    chance = np.sqrt(sum(_chance(seen) ** 2 for seen in measurements if seen.tracked))
-    if not gap.total > max(_GAP, _SAMPLING * chance) or not np.isfinite(gap.alone).any():
-        return
-    worst = int(np.nanargmax(gap.alone))
-    yield Finding(
-        layers[worst].name,
-        "gap",
-        "error",
-        as_evidence(total=gap.total, alone=gap.alone[worst]),
-        f"in evaluation the output moves by {gap.total:.2f} of its standard deviation, and "
-        f"by {gap.alone[worst]:.2f} with the statistics of this layer alone.",
-        "Look at this layer first. Where the batches are as varied as those of training, "
-        "reestimated statistics close the gap.",
-    )
+def sampling_error(*measurements: Measurement) -> float:
+    """Returns how far apart batches and averages may lie by chance, with a margin."""
+    seen = [each for each in measurements if each.tracked]
+    return _SAMPLING * float(np.sqrt(sum(_chance(each) ** 2 for each in seen)))
 
 
 def _chance(seen: Measurement) -> float:

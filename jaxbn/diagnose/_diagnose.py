@@ -1,24 +1,24 @@
 """Runs every check on the variables of a model, and on batches where there are some."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxbn._statistics.replicas import replica_differences
 from jaxbn._statistics.running import check_momentum
 from jaxbn._typing import PyTree
-from jaxbn.diagnose._array_checks import check_measured_momentum, check_steps, check_values
-from jaxbn.diagnose._batch_checks import (
-    check_batches,
-    check_gap,
-    explain_drift,
-    measure_drift,
-)
+from jaxbn.diagnose._array_checks import check_steps, check_values
+from jaxbn.diagnose._batch_checks import check_batches, explain_drift, measure_drift
+from jaxbn.diagnose._channel_checks import check_channels, find_dead
 from jaxbn.diagnose._find_norms import NormArrays, find_norms
-from jaxbn.diagnose._measure import Apply, measure_gap, measure_layers
-from jaxbn.diagnose._report import Finding, LayerReport, Report, as_evidence
+from jaxbn.diagnose._gap import Gap, Loss, check_gap, measure_gap
+from jaxbn.diagnose._layer_report import LayerReport
+from jaxbn.diagnose._measure import Apply, Counted, measure_layers, with_wide_statistics
+from jaxbn.diagnose._report import Finding, Report, as_evidence
 
 
 def diagnose(
@@ -28,15 +28,16 @@ def diagnose(
     *,
     steps: int | None = None,
     momentum: float | None = None,
-    epsilon: float = 1e-5,
+    epsilon: float | None = None,
     replica_axis: int | None = None,
+    loss: Loss | None = None,
 ) -> Report:
     """Tells what is wrong with the statistics of a model, and what to do about it.
 
     From the variables alone come the causes `never-updated`, `non-finite`,
     `negative-variance`, `low-precision`, `dead` and `exploding` channels, and `replicas`
     that differ; with `steps` and `momentum`, `unconverged` and `momentum` (PyTorch's, used
-    as the decay).
+    as the decay). A layer that counts its steps, as PyTorch's do, tells them itself.
     With `apply` and batches like those of training the momentum is measured, and there
     are `drift` between running and batch statistics, `averaged-weights`, `small-batch`,
     `unlike-batches`, and the `gap` between training and evaluation with the layer that
@@ -48,14 +49,20 @@ def diagnose(
             arrays by the names of PyTorch, Keras or TensorFlow.
         apply: A function `(variables, batch, training) -> (y, variables)` whose second
             result may hold changed collections only. Wrap it in `jax.jit` with
-            `static_argnums=2`. It runs three times per batch, and once
-            per layer.
+            `static_argnums=2`. It runs three times per batch and twice more, and where a
+            gap is found once forward and backward, or once per layer if it cannot be
+            differentiated.
         batches: A few batches, of the size of those in training; at least two to measure
             their noise.
         steps: How many training steps the model has taken.
-        momentum: The decay of the layers, where it is not to be measured.
-        epsilon: That of the layers.
+        momentum: The decay of the layers, where it is not to be measured, as the framework
+            counts that named the arrays: 0.1 of PyTorch is a decay of 0.9.
+        epsilon: That of the layers; None for the default of the framework that named their
+            arrays: 1e-3 for Keras and TensorFlow, else 1e-5.
         replica_axis: The axis of devices that every array has, as `pmap` returns them.
+        loss: A function `(y, batch) -> loss`, where batches hold labels. It tells whether
+            evaluation is worse than the batches or just other: so a model that was trained
+            in inference mode is known to be right.
 
     Returns:
         A `Report`, which prints as a table.
@@ -85,77 +92,112 @@ def diagnose(
     if replica_axis is not None:
         variables = jax.tree.map(lambda leaf: leaf.take(0, replica_axis), variables)
         layers = find_norms(variables)
-    for layer in layers:
-        findings += check_values(layer, epsilon)
-    reports = [LayerReport(layer.name, layer.var.size) for layer in layers]
+    channels = find_dead(layers, epsilon)
+    trained = any(layer.is_trained for layer in layers)
+    for layer, its in zip(layers, channels, strict=True):
+        findings += [*check_values(layer, trained), *check_channels(layer, its)]
+    reports = [
+        LayerReport(
+            layer.name, layer.var.size, dead=math.nan if its is None else its.number
+        )
+        for layer, its in zip(layers, channels, strict=True)
+    ]
+    whole = {}
     if apply is not None:
-        # A layer with an error of its own drifts because of it.
-        explained = {f.layer for f in findings if f.severity == "error"}
-        run = _Run(variables, layers, apply, list(batches), epsilon)
-        reports, more = _measure(run, explained, math.nan if steps is None else steps)
-        findings += more
+        run = _Run(variables, layers, Counted(apply), list(batches), epsilon, loss)
+        steps_taken = math.nan if steps is None else steps
+        reports, findings, whole = _measure(run, reports, findings, steps_taken)
     for layer, report in zip(layers, reports, strict=True):
         decay = report.momentum
         if momentum is not None and math.isnan(decay):
-            decay = momentum
+            decay = layer.framework.as_decay(momentum)
         known = {f.cause for f in findings if f.layer == layer.name}
-        findings += (
-            f for f in _check_tracking(layer, decay, steps) if f.cause not in known
-        )
+        # What never moved tells nothing of how fast it moves.
+        if apply is None or not math.isnan(decay):
+            more = () if "never-updated" in known else check_steps(layer, decay, steps)
+            findings += (finding for finding in more if finding.cause not in known)
     errors_first = sorted(findings, key=lambda finding: finding.severity)
-    return Report(tuple(errors_first), tuple(reports))
+    return Report(tuple(errors_first), tuple(reports), **whole)
 
 
 class _Run(NamedTuple):
     variables: PyTree
     layers: list[NormArrays]
-    apply: Apply
+    apply: Counted
     batches: list[Any]
-    epsilon: float
+    epsilon: float | None
+    loss: Loss | None
 
 
 def _measure(
-    run: _Run, explained: set[str], steps: float
-) -> tuple[list[LayerReport], list[Finding]]:
-    """Returns what the batches say, as numbers and as findings."""
-    variables, layers, apply, batches, epsilon = run
+    run: _Run, reports: list[LayerReport], findings: list[Finding], steps: float
+) -> tuple[list[LayerReport], list[Finding], dict[str, Any]]:
+    """Returns what the batches say, of the layers and of the model as a whole."""
+    _, layers, apply, batches, epsilon, loss = run
+    variables = with_wide_statistics(run.variables, layers)
     measurements = measure_layers(variables, layers, apply, batches)
+    gap = measure_gap(variables, layers, measurements, apply, batches, loss)
+    findings = _settled(findings, layers, gap)
     rows = [
-        (layer, seen, measure_drift(layer, seen, epsilon))
+        (
+            layer,
+            seen,
+            measure_drift(
+                layer, seen, layer.framework.epsilon if epsilon is None else epsilon
+            ),
+        )
         for layer, seen in zip(layers, measurements, strict=True)
     ]
-    findings = [each for layer, seen, _ in rows for each in check_batches(layer.name, seen)]
-    unexplained = [row for row in rows if row[0].name not in explained]
-    findings += explain_drift(unexplained, steps)
-    gap = measure_gap(variables, layers, measurements, apply, batches)
-    findings += check_gap(layers, measurements, gap)
+    findings += [each for layer, seen, _ in rows for each in check_batches(layer, seen)]
+    # A layer with an error of its own drifts because of it.
+    explained = {f.layer for f in findings if f.severity != "warning"}
+    findings += explain_drift([row for row in rows if row[0].name not in explained], steps)
+    parts = [math.nan] * len(layers)
+    for finding, per_layer in check_gap(layers, measurements, gap, findings):
+        findings.append(finding)
+        parts = per_layer
     reports = [
-        LayerReport(
-            layer.name,
-            layer.var.size,
+        dataclasses.replace(
+            report,
             momentum=seen.momentum,
             shift=drift.shift,
             stretch=drift.stretch,
             noise=seen.noise,
-            gap=alone,
+            gap=part,
         )
-        for (layer, seen, drift), alone in zip(rows, gap.alone, strict=True)
+        for report, (_, seen, drift), part in zip(reports, rows, parts, strict=True)
     ]
-    return reports, findings
+    whole = {"gap": gap.total, "loss": gap.loss, "loss_of_batches": gap.loss_of_batches}
+    return reports, findings, {"passes": apply.passes, **whole}
 
 
-def _check_tracking(
-    layer: NormArrays, momentum: float, steps: int | None
-) -> Iterator[Finding]:
-    """Yields what the momentum says, and the steps that the model or its user counted."""
-    if math.isnan(momentum):
-        return
-    if finding := check_measured_momentum(layer.name, momentum):
-        yield finding
-    counted = layer.get("count")
-    taken = steps if counted is None or not counted.size else counted.max()
-    if taken is not None and (finding := check_steps(layer, momentum, float(taken))):
-        yield finding
+def _settled(
+    findings: list[Finding], layers: Sequence[NormArrays], gap: Gap
+) -> list[Finding]:
+    """Returns findings of which the loss answered the question of never-updated ones."""
+    keep = {layer.name: layer.framework.keep for layer in layers}
+
+    def settled(finding: Finding) -> Finding:
+        if finding.severity != "question" or gap.agrees is None:
+            return finding
+        losses = (
+            f"{gap.loss:.3g} against {gap.loss_of_batches:.3g} with those of the batches"
+        )
+        if gap.agrees:
+            return dataclasses.replace(
+                finding,
+                message=f"{finding.message} Evaluation agrees: its loss is {losses}.",
+                remedy="This layer was trained in inference mode, and is right as it is: "
+                "new statistics would ruin it.",
+            )
+        return dataclasses.replace(
+            finding,
+            severity="error",
+            message=f"{finding.message} Evaluation does not agree: its loss is {losses}.",
+            remedy=f"{keep[finding.layer]}.",
+        )
+
+    return [settled(f) if f.cause == "never-updated" else f for f in findings]
 
 
 def _check_replicas(
@@ -164,7 +206,11 @@ def _check_replicas(
     """Yields the layers of which the replicas hold different arrays."""
     leaves = jax.tree.leaves(variables)
     for layer in layers:
-        arrays = {field: leaves[i] for field, i in layer.leaves.items()}
+        held = {field: leaves[i] for field, i in layer.leaves.items()}
+        arrays = {
+            field: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+            for field, leaf in held.items()
+        }
         apart = {
             field.strip("['] "): difference
             for field, difference in replica_differences(arrays, axis=axis).items()
@@ -178,8 +224,7 @@ def _check_replicas(
             "error",
             as_evidence(**apart),
             f"the replicas hold different arrays: {shown}.",
-            "Give the layer the axis_name of the devices, so that all track the same, or "
-            "pool what they tracked with jaxbn.sync_state before evaluating or saving.",
+            f"{layer.framework.pool}.",
         )
 
 

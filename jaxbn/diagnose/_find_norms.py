@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbn._norm_names import names_of_role
+from jaxbn._norm_names import names_of_role, split_name
 from jaxbn._param_roles import names_of
 from jaxbn._typing import PyTree
+from jaxbn.diagnose._collections import Collections
+from jaxbn.diagnose._frameworks import JAX, Framework, framework_of
 
 Names = tuple[str, ...]
-
-# PyTorch joins the names of a path with dots, Keras and Haiku with slashes.
-_SPLIT = re.compile(r"[./]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +22,35 @@ class NormArrays:
     """A normalization layer: its arrays in float64 without axes, and where they are.
 
     `leaves` holds the number of each array among the leaves of the whole tree, `dtypes`
-    the dtype that it has there.
+    the dtype that it has there. `observes` tells a normalizer of observations, which counts
+    its examples: its features have units, and a constant one is no fault.
     """
 
     name: str
     arrays: Mapping[str, np.ndarray]
     leaves: Mapping[str, int]
     dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    framework: Framework = JAX
+    observes: bool = False
 
     def get(self, field: str) -> np.ndarray | None:
         """Returns an array, or None if the layer lacks it."""
         return self.arrays.get(field)
+
+    @property
+    def counted(self) -> float | None:
+        """The steps that the layer counted, or None where it counts none."""
+        count = self.arrays.get("count")
+        return None if count is None or not count.size else float(count.max())
+
+    @property
+    def is_trained(self) -> bool | None:
+        """Whether scale or bias left their initial values, None where it has neither."""
+        scale, bias = self.get("scale"), self.get("bias")
+        if scale is None and bias is None:
+            return None
+        moved = scale is not None and bool((scale != 1).any())
+        return moved or (bias is not None and bool(bias.any()))
 
     @property
     def mean(self) -> np.ndarray:
@@ -57,11 +74,12 @@ def find_norms(tree: PyTree) -> list[NormArrays]:
     index = {_split(names_of(path)): i for i, (path, _) in enumerate(pairs)}
     index = {path: i for path, i in index.items() if path}
     arrays = [leaf for _, leaf in pairs]
-    parents = {
+    collections = Collections(tree, index)
+    parents = dict.fromkeys(
         base
         for path in index
         if (base := _without(path, names_of_role("mean"))) is not None
-    }
+    )
     layers = []
     for base in parents:
         leaves = _statistics(base, index)
@@ -70,18 +88,38 @@ def find_norms(tree: PyTree) -> list[NormArrays]:
         shape = np.shape(arrays[leaves["mean"]])
         if shape != np.shape(arrays[leaves["var"]]):
             continue
-        trunk, params = _params(base, index, arrays, shape)
+        trunk, params = _params(base, index, arrays, shape, collections)
         leaves |= params
         found = {field: _as_float64(arrays[i], base) for field, i in leaves.items()}
         dtypes = {field: getattr(arrays[i], "dtype", None) for field, i in leaves.items()}
-        layers.append(NormArrays(_name(base, trunk), found, leaves, dtypes))
+        spelling = next(n for n in names_of_role("mean") if _join(base, n) in index)
+        layer = NormArrays(
+            _name(base, trunk),
+            found,
+            leaves,
+            dtypes,
+            framework_of(tree, spelling, base),
+            (*base, "count") in index and not params,
+        )
+        layers.append((base, layer))
     if not layers:
         raise ValueError(
             f"found no running mean and variance among {len(index)} arrays"
             f"{_some('/'.join(path) for path in index)}. Pass params and statistics "
             "together: linen variables, nnx.state(model), or (params, state)."
         )
-    return sorted(layers, key=lambda layer: _natural(layer.name))
+    return sorted(_told_apart(layers), key=lambda layer: _natural(layer.name))
+
+
+def _told_apart(layers: list[tuple[Names, NormArrays]]) -> list[NormArrays]:
+    """Returns layers of which no two share a name: live and averaged ones do at first."""
+    names = [layer.name for _, layer in layers]
+    return [
+        layer
+        if names.count(layer.name) == 1
+        else dataclasses.replace(layer, name="/".join(base) or "model")
+        for base, layer in layers
+    ]
 
 
 def _statistics(base: Names, index: Mapping[Names, int]) -> dict[str, int] | None:
@@ -98,15 +136,18 @@ def _statistics(base: Names, index: Mapping[Names, int]) -> dict[str, int] | Non
 
 
 def _params(
-    base: Names, index: Mapping[Names, int], arrays: list[Any], shape: tuple[int, ...]
+    base: Names,
+    index: Mapping[Names, int],
+    arrays: list[Any],
+    shape: tuple[int, ...],
+    collections: Collections,
 ) -> tuple[Names, dict[str, int]]:
-    """Returns scale and bias, beside the statistics or at the same place elsewhere.
-
-    Collections, such as params and batch_stats, differ in one node of the path.
-    """
+    """Returns scale and bias, beside the statistics or in the collection of params."""
     own = base[:-1] if base[-1:] == ("~",) else base
     scales = ("scale",) if (*base, "mean") in index else names_of_role("scale")
-    for trunk in (own, *(path for path in _parents(index) if _is_twin(path, own))):
+    # What counts its examples normalizes observations, and has no params anywhere.
+    elsewhere = () if (*base, "count") in index else collections.trunks(own)
+    for trunk in (own, *elsewhere):
         found = {
             "scale": _lookup(trunk, scales, index),
             "bias": _lookup(trunk, names_of_role("bias"), index),
@@ -123,24 +164,17 @@ def _name(base: Names, trunk: Names) -> str:
     return "/".join(common) or "model"
 
 
-def _is_twin(path: Names, base: Names) -> bool:
-    return len(path) == len(base) and sum(map(str.__ne__, path, base)) == 1
-
-
-def _parents(index: Mapping[Names, int]) -> list[Names]:
-    every = dict.fromkeys(
-        path[:-1] for path in index if path[-1] in ("scale", "bias", "offset")
-    )
-    return sorted(every, key=lambda path: (path[:1] != ("params",), path))
-
-
 def _lookup(
     base: Names, endings: tuple[str, ...], index: Mapping[Names, int]
 ) -> int | None:
     for ending in endings:
-        if (number := index.get((*base, *ending.split("/")))) is not None:
+        if (number := index.get(_join(base, ending))) is not None:
             return number
     return None
+
+
+def _join(base: Names, ending: str) -> Names:
+    return (*base, *ending.split("/"))
 
 
 def _without(path: Names, endings: tuple[str, ...]) -> Names | None:
@@ -152,9 +186,8 @@ def _without(path: Names, endings: tuple[str, ...]) -> Names | None:
 
 
 def _split(names: Names) -> Names:
-    """Returns the nodes of a path, those within a flat name and a tensor's :0 included."""
-    nodes = [node for name in names for node in _SPLIT.split(name.removesuffix(":0"))]
-    return tuple(node for node in nodes if node)
+    """Returns the nodes of a path, those within a flat name included."""
+    return tuple(node for name in names for node in split_name(name))
 
 
 def _as_float64(array: Any, base: Names) -> np.ndarray:

@@ -1,16 +1,19 @@
-"""Runs a model on batches to measure its layers: moments, momentum, share of the error."""
+"""Runs a model on batches to measure its layers: moments, momentum, noise."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._dtypes import at_least_float32
 from jaxbn._statistics.moments import Moments, merge_moments
 from jaxbn._typing import PyTree
 from jaxbn.diagnose._find_norms import NormArrays
 
+# What a layer tracks, by the roles of arrays.
+STATISTICS = frozenset({"mean", "var", "std", "weight"})
 Apply = Callable[[PyTree, Any, bool], tuple[Any, PyTree]]
 
 
@@ -34,18 +37,6 @@ class Measurement(NamedTuple):
     noise: float
     batches: int
     rows: int
-
-
-class Gap(NamedTuple):
-    """How far the output in evaluation lies from that with the statistics of the batches.
-
-    Attributes:
-        total: With all layers, in standard deviations of the output.
-        alone: With one layer at a time, for each layer.
-    """
-
-    total: float
-    alone: tuple[float, ...]
 
 
 def measure_layers(
@@ -77,55 +68,15 @@ def measure_layers(
     ]
     moving = [layer for layer, on in zip(layers, tracked, strict=True) if on]
     blanks = _blanks(moving)
-    blank = _with(tree, blanks)
+    blank = with_leaves(tree, blanks)
     steps = [_leaves_after(blank, apply, batch) for batch in batches]
-    large = _with(tree, blanks | _large(moving, steps[0]))
+    large = with_leaves(tree, blanks | _large(moving, steps[0]))
     lifted = _leaves_after(large, apply, batches[0]) if moving else []
     rows = [_rows(batch) for batch in batches]
     return [
         _measurement(layer, on, lifted, steps, rows)
         for layer, on in zip(layers, tracked, strict=True)
     ]
-
-
-def measure_gap(
-    tree: PyTree,
-    layers: Sequence[NormArrays],
-    measurements: Sequence[Measurement],
-    apply: Apply,
-    batches: Sequence[Any],
-) -> Gap:
-    """Returns how far evaluation is off on all batches, and by which layer on the first.
-
-    Every layer normalizes with the statistics of the batches, then one after the other
-    with its own instead. So dropout and the noise of a batch are on neither side.
-    """
-    fitted = {
-        layer.leaves[field]: getattr(seen, field)
-        for layer, seen in zip(layers, measurements, strict=True)
-        if seen.tracked
-        for field in ("mean", "var")
-    }
-
-    def outputs(replaced: dict[int, np.ndarray]) -> Iterator[np.ndarray]:
-        variables = _with(tree, replaced)
-        return (_flat(apply(variables, batch, False)[0]) for batch in batches)
-
-    wants = list(outputs(fitted))
-    spread = np.std(np.concatenate(wants))
-
-    def distance(want: np.ndarray, got: np.ndarray) -> float:
-        far = np.sqrt(np.mean(np.square(np.abs(got - want))))
-        return float(far / spread if spread > 0 else (np.inf if far > 0 else 0.0))
-
-    alone = []
-    for layer in layers:
-        own = {layer.leaves["mean"], layer.leaves["var"]}
-        others = {i: array for i, array in fitted.items() if i not in own}
-        known = len(others) < len(fitted)
-        alone.append(distance(wants[0], next(outputs(others))) if known else np.nan)
-    everywhere = map(np.concatenate, (wants, list(outputs({}))))
-    return Gap(distance(*everywhere), tuple(alone))
 
 
 def _measurement(
@@ -196,18 +147,40 @@ def _blanks(layers: Iterable[NormArrays]) -> dict[int, np.ndarray]:
     return {
         layer.leaves[field]: np.zeros_like(layer.arrays[field])
         for layer in layers
-        for field in ("mean", "var", "std", "weight")
-        if field in layer.leaves
+        for field in sorted(STATISTICS & layer.leaves.keys())
     }
 
 
-def _with(tree: PyTree, replaced: dict[int, np.ndarray]) -> PyTree:
+def with_leaves(tree: PyTree, replaced: Mapping[int, Any]) -> PyTree:
     """Returns the tree with some of its leaves replaced, in their shapes and dtypes."""
     leaves, structure = jax.tree.flatten(tree)
     for i, array in replaced.items():
         old = jnp.asarray(leaves[i])
-        leaves[i] = jnp.asarray(array.reshape(old.shape), old.dtype)
+        leaves[i] = jnp.asarray(array, old.dtype).reshape(old.shape)
     return jax.tree.unflatten(structure, leaves)
+
+
+def with_wide_statistics(tree: PyTree, layers: Iterable[NormArrays]) -> PyTree:
+    """Returns the tree with statistics of at least float32, which half precision stalls."""
+    leaves, structure = jax.tree.flatten(tree)
+    for layer in layers:
+        for field in STATISTICS & layer.leaves.keys():
+            i = layer.leaves[field]
+            leaves[i] = jnp.asarray(leaves[i], at_least_float32(jnp.result_type(leaves[i])))
+    return jax.tree.unflatten(structure, leaves)
+
+
+class Counted:
+    """Calls a model, and counts how often."""
+
+    def __init__(self, apply: Apply):
+        self.apply = apply
+        self.passes = 0
+
+    def __call__(self, variables: PyTree, batch: Any, training: bool) -> tuple[Any, PyTree]:
+        """Returns what the model returns."""
+        self.passes += 1
+        return self.apply(variables, batch, training)
 
 
 def _leaves_after(tree: PyTree, apply: Apply, batch: Any) -> list[np.ndarray]:
@@ -232,19 +205,15 @@ def _leaves_after(tree: PyTree, apply: Apply, batch: Any) -> list[np.ndarray]:
                 "it tracked cannot be told. Return (y, variables) with the structure of "
                 "the variables passed in, or the collections of them that changed."
             )
-    return [_number(leaf) for leaf in jax.tree.leaves(after)]
+    return [as_number(leaf) for leaf in jax.tree.leaves(after)]
 
 
-def _number(leaf: Any) -> np.ndarray:
+def as_number(leaf: Any) -> np.ndarray:
+    """Returns a leaf in double precision and without axes, empty if it holds no floats."""
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return np.zeros(0)
     array = np.asarray(leaf)
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64).ravel()
-
-
-def _flat(y: PyTree) -> np.ndarray:
-    parts = [part for leaf in jax.tree.leaves(y) if (part := _number(leaf)).size]
-    return np.concatenate(parts) if parts else np.zeros(0)
 
 
 def _rows(batch: Any) -> int:

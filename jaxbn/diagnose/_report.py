@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
 
+from jaxbn.diagnose._layer_report import NUMBERS, LayerReport
+from jaxbn.diagnose._picture import draw
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -19,7 +22,9 @@ class Finding:
     Attributes:
         layer: The path of the layer among the variables; "" for the model as a whole.
         cause: A short word that never changes, of those that `diagnose` lists.
-        severity: "error" where evaluation is wrong or soon will be, else "warning".
+        severity: "error" where evaluation is wrong or soon will be; "question" where
+            something decides that the arrays do not tell, which the remedy asks for; else
+            "warning".
         evidence: The numbers that the finding rests on, by name.
         message: What was seen, a sentence.
         remedy: What to do, a sentence.
@@ -27,7 +32,7 @@ class Finding:
 
     layer: str
     cause: str
-    severity: Literal["error", "warning"]
+    severity: Literal["error", "question", "warning"]
     evidence: Mapping[str, float]
     message: str
     remedy: str
@@ -37,40 +42,23 @@ class Finding:
         return f"{layer}{self.cause} ({self.severity}): {self.message} {self.remedy}"
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """What was measured of a layer; NaN for what was not.
-
-    Example:
-        >>> from jaxbn.diagnose import LayerReport
-        >>> LayerReport("bn", 64).momentum
-        nan
-
-    Attributes:
-        name: The path of the layer among the variables.
-        features: How many features it normalizes.
-        momentum: The decay that a training step applies; NaN for a cumulative mean or a
-            layer that tracks nothing.
-        shift: How far the running means lie from those of the batches, in standard
-            deviations of the batches, root mean square over the features.
-        stretch: The factor between the running standard deviations and those of the
-            batches, at least 1, geometric over the features.
-        noise: How far the mean of one batch lies from that of all, in standard
-            deviations: 1 / sqrt(n) for n independent elements per feature.
-        gap: How far the output of the model in evaluation moves by this layer alone, in
-            standard deviations of the output.
-    """
-
-    name: str
-    features: int
-    momentum: float = math.nan
-    shift: float = math.nan
-    stretch: float = math.nan
-    noise: float = math.nan
-    gap: float = math.nan
-
-
-_NUMBERS = ("momentum", "shift", "stretch", "noise", "gap")
+# Every cause there is, so that a logger gets a curve of each from the first step on.
+CAUSES = (
+    "averaged-weights",
+    "dead",
+    "drift",
+    "exploding",
+    "gap",
+    "low-precision",
+    "momentum",
+    "negative-variance",
+    "never-updated",
+    "non-finite",
+    "replicas",
+    "small-batch",
+    "unconverged",
+    "unlike-batches",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +73,21 @@ class Report:
         (False, 'never-updated')
 
     Attributes:
-        findings: What is wrong, errors first.
+        findings: What is wrong, errors first, then questions.
         layers: What was measured, layer by layer, in the order of their names.
+        passes: How often the model ran on a batch.
+        gap: How far evaluation lies from the output with the statistics of the batches, in
+            standard deviations of the output; NaN without batches.
+        loss: The loss of evaluation; NaN unless `diagnose` was given one.
+        loss_of_batches: That with the statistics of the batches, likewise.
     """
 
     findings: tuple[Finding, ...]
     layers: tuple[LayerReport, ...]
+    passes: int = 0
+    gap: float = math.nan
+    loss: float = math.nan
+    loss_of_batches: float = math.nan
 
     @property
     def healthy(self) -> bool:
@@ -102,11 +99,49 @@ class Report:
         """The causes that were found."""
         return {finding.cause for finding in self.findings}
 
+    def to_dict(self) -> dict[str, float]:
+        """Returns the report as numbers under flat names, as loggers take them.
+
+        Returns:
+            `errors`, `questions` and `warnings`, how many findings there are;
+            `found/CAUSE`, the number of layers with each cause, 0 included; `passes`;
+            `gap`, `loss` and `loss_of_batches` where they were measured; and
+            `layers/NAME/NUMBER` for what was measured of a layer.
+
+        Example:
+            >>> import jaxbn
+            >>> from jaxbn.diagnose import diagnose
+            >>> numbers = diagnose(jaxbn.init(3)).to_dict()
+            >>> numbers["errors"], numbers["found/never-updated"], numbers["found/dead"]
+            (1, 1, 0)
+        """
+        severities = [finding.severity for finding in self.findings]
+        numbers: dict[str, float] = {
+            "errors": severities.count("error"),
+            "questions": severities.count("question"),
+            "warnings": severities.count("warning"),
+            "passes": self.passes,
+        }
+        numbers |= {f"found/{cause}": 0 for cause in CAUSES}
+        for finding in self.findings:
+            numbers[f"found/{finding.cause}"] += 1
+        measured = {
+            name: getattr(self, name) for name in ("gap", "loss", "loss_of_batches")
+        }
+        for row in self.layers:
+            measured |= {
+                f"layers/{row.name}/{name}": getattr(row, name) for name in NUMBERS
+            }
+        return numbers | {k: n for k, n in measured.items() if not math.isnan(n)}
+
     def __str__(self) -> str:
         return "\n".join([*self._table(), *self._summary()])
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Writes a picture of the layers to a file, whose ending chooses the format.
+
+        A dashed line marks where a finding begins; what is beyond it is red, and so are the
+        names of the layers where something was found.
 
         Args:
             path: Where to, such as "report.png".
@@ -114,42 +149,16 @@ class Report:
         Raises:
             ImportError: Matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "Report.plot draws with matplotlib, which is not installed. Run "
-                "pip install 'jaxbn[diagnose]'."
-            ) from error
-        measured = [name for name in _NUMBERS if not all(map(math.isnan, self._all(name)))]
-        marked = {finding.layer for finding in self.findings}
-        rows = range(len(self.layers))
-        figure = Figure(
-            figsize=(3 + 2.5 * max(len(measured), 1), 1.5 + 0.22 * len(rows)),
-            layout="constrained",
-        )
-        axes = figure.subplots(1, max(len(measured), 1), sharey=True, squeeze=False)[0]
-        colors = ["tab:red" if row.name in marked else "tab:blue" for row in self.layers]
-        for axis, name in zip(axes, measured or ["features"], strict=True):
-            # Matplotlib cannot draw bars of a length that is not finite.
-            lengths = [n if math.isfinite(n) else 0 for n in self._all(name)]
-            axis.barh(rows, lengths, color=colors)
-            axis.set_title(name)
-        axes[0].set_yticks(rows, [row.name for row in self.layers])
-        axes[0].invert_yaxis()
-        figure.suptitle(f"found: {', '.join(sorted(self.causes)) or 'nothing'}")
-        figure.savefig(path)
-
-    def _all(self, name: str) -> list[float]:
-        return [getattr(row, name) for row in self.layers]
+        title = f"found: {', '.join(sorted(self.causes)) or 'nothing'}"
+        draw(path, self.layers, {finding.layer for finding in self.findings}, title)
 
     def _table(self) -> list[str]:
         causes: dict[str, list[str]] = {}
         for finding in self.findings:
             causes.setdefault(finding.layer, []).append(finding.cause)
-        table: list[tuple[str, ...]] = [("layer", "features", *_NUMBERS, "found")]
+        table: list[tuple[str, ...]] = [("layer", "features", *NUMBERS, "found")]
         for row in self.layers:
-            numbers = (_short(getattr(row, name)) for name in _NUMBERS)
+            numbers = (_short(getattr(row, name)) for name in NUMBERS)
             found = ", ".join(causes.get(row.name, ()))
             table.append((row.name, str(row.features), *numbers, found))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -162,8 +171,9 @@ class Report:
         ]
 
     def _summary(self) -> list[str]:
+        passes = f", {self.passes} forward passes" if self.passes else ""
         if self.healthy:
-            return ["", f"{len(self.layers)} layers, nothing found."]
+            return ["", f"{len(self.layers)} layers{passes}, nothing found."]
         groups: dict[str, list[Finding]] = {}
         for finding in self.findings:
             groups.setdefault(finding.cause, []).append(finding)
@@ -174,7 +184,7 @@ class Report:
             where = f" in {first.layer}{more}" if first.layer else ""
             lines += ["", f"{first.severity.upper()} {cause}{where}"]
             lines += [f"  {first.message}", f"  {first.remedy}"]
-        return lines
+        return [*lines, "", f"{len(self.layers)} layers{passes}."]
 
 
 def _short(number: float) -> str:

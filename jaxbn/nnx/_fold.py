@@ -1,15 +1,14 @@
 """Folding in NNX models: norms leave the model, and their neighbours take their arrays."""
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxbn._flax.core_call import result_dtype, stats_dtype
-from jaxbn._fold.affine import Affine, as_affine
+from jaxbn._fold.affine import Affine, as_affine, refused
 from jaxbn._fold.kernels import fold_beside
-from jaxbn._fold.pairs import Path, find_layers, ordered_pairs
+from jaxbn._fold.pairs import Pairs, Path, find_layers, ordered_pairs
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._modules.inputs import positive
 from jaxbn._modules.leaves import feature_axes_of
@@ -39,7 +38,7 @@ class Folded(nnx.Module):
         return x.astype(result_dtype(self.dtype, x, *others))
 
 
-def fold(model: M, *, pairs: Sequence[Sequence[str]] | None = None) -> M:
+def fold(model: M, *, pairs: Pairs | None = None) -> M:
     """Returns a copy of a model for inference, with its norms folded into their neighbours.
 
     A norm is replaced by a module that hands its input on, and a `Linear`, `Conv` or
@@ -48,7 +47,8 @@ def fold(model: M, *, pairs: Sequence[Sequence[str]] | None = None) -> M:
     Args:
         model: The trained model; it stays as it is.
         pairs: Pairs of paths with slashes, in the order of application: (linear, norm), or
-            (norm, linear). None for `jaxbn.find_pairs`, which must then know all norms.
+            (norm, linear). Or "by name" for `jaxbn.find_pairs`, which must then know all
+            norms; what it paired is shown by the logger "jaxbn".
 
     Returns:
         The folded model. `jaxbn.check_fold` proves it.
@@ -64,7 +64,7 @@ def fold(model: M, *, pairs: Sequence[Sequence[str]] | None = None) -> M:
         >>> model = nnx.Sequential(nnx.Linear(2, 3, use_bias=False, rngs=rngs),
         ...                        jaxbn.nnx.BatchNorm(3, rngs=rngs))
         >>> model.eval()
-        >>> folded = jaxbn.nnx.fold(model)
+        >>> folded = jaxbn.nnx.fold(model, pairs=[("layers/0", "layers/1")])
         >>> jaxbn.check_fold(model, folded, jnp.ones((4, 2))) < 1e-6
         True
         >>> folded.layers[0].bias.shape
@@ -84,7 +84,7 @@ def fold(model: M, *, pairs: Sequence[Sequence[str]] | None = None) -> M:
 def _fold_pair(model: nnx.Module, at_linear: Path, at_norm: Path, after: bool) -> None:
     layer, norm = _at(model, at_linear), _at(model, at_norm)
     if not isinstance(layer, _LINEAR):
-        raise ValueError(
+        raise refused(
             f"the layer is a {type(layer).__name__}. Only Linear, Conv and ConvTranspose "
             "are known; use jaxbn.fold on its arrays."
         )
@@ -128,7 +128,7 @@ def _affine(norm: Any, rank: int) -> tuple[Affine, Folded]:
         axes, folded = norm.axis, Folded(norm.dtype, stats_dtype(norm.param_dtype))
     axes = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
     if axes not in ((-1,), (rank - 1,)):
-        raise ValueError(
+        raise refused(
             f"the norm has axis={axes}, and the features of the layer lie on the last. "
             "Use jaxbn.fold on their arrays."
         )
@@ -147,7 +147,7 @@ def _at(model: Any, path: Path) -> Any:
 
 def _put(model: Any, path: Path, module: nnx.Module) -> None:
     if not path:
-        raise ValueError("the model is the norm alone. Use jaxbn.fold on its arrays.")
+        raise refused("the model is the norm alone. Use jaxbn.fold on its arrays.")
     parent = _at(model, path[:-1])
     if isinstance(path[-1], str):
         setattr(parent, path[-1], module)

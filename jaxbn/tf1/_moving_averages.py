@@ -123,7 +123,7 @@ class ExponentialMovingAverage(Value):
         return assign_moving_average(state, values, one.average, zero_debias=debias)
 
     def average(self, state: MovingAverage) -> PyTree:
-        """Returns the averages, at least in float32."""
+        """Returns the averages that `state` holds, at least in float32."""
         return state.average
 
 

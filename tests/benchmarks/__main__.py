@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks --quick
     python -m tests.benchmarks --json run.json --plot roofline.png
-    python -m tests.benchmarks --read run.json --markdown docs/performance.md
+    python -m tests.benchmarks --gpu --minutes 8 --json gpu.json
+    python -m tests.benchmarks --read run.json --markdown docs/performance_tables.md
 
 docs/performance.md tells how the times are taken and what they mean.
 """
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     counted = [name for name in accelerators.MODULES if getattr(args, f"bytes_{name}")]
-    _check_files(parser, args, [f"bytes {name}" for name in counted] or ["times"])
+    section = "gpu" if args.gpu else "times"
+    _check_files(parser, args, [f"bytes {name}" for name in counted] or [section])
     if counted:
         _count_bytes(args, counted)
         return
@@ -31,10 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "jaxbn" not in args.peers:
             parser.error("the peers are compared with jaxbn, so --peers must name it too.")
         _apply_quick(args)
-        rows = cases.layer_cases(
-            args.shape, args.layout, args.dtype, args.passes, args.quick
-        )
-        rows += cases.net_cases(args.nets, args.dtype)
+        rows = _rows(args)
         if not rows:
             parser.error(
                 f"no row has layout {args.layout} with these options. Give a --shape."
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         elsewhere = ["torch"] if args.torch_python else []
         found = measure(rows, args, installed(args.peers, tell, elsewhere))
-    _deliver(args, "times", report.times(found))
+    _deliver(args, section, report.times(found))
     if args.plot:
         roofline.draw(found["rows"], args.plot)
         tell(f"Wrote {args.plot}.")
@@ -81,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PYTHON",
         help="an interpreter that has torch, if this one does not",
     )
+    add("--gpu", action="store_true", help="chains of layers of a size for a GPU")
+    add("--minutes", type=_positive, help="begin no further row after so many")
     add("--rounds", type=_positive, help="how often each peer takes a turn")
     add("--json", type=Path, metavar="FILE", help="write all that was found, row by row")
     add("--read", type=Path, metavar="FILE", help="report a run of --json, not a new one")
@@ -128,15 +129,27 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _rows(args: argparse.Namespace) -> list[cases.Case]:
+    if args.gpu:
+        rows = cases.gpu_cases(args.shape, args.layout, args.dtype, args.passes)
+        return rows + cases.net_cases(args.nets, args.dtype[-1:], cases.IMAGES_ON_A_GPU)
+    rows = cases.layer_cases(args.shape, args.layout, args.dtype, args.passes, args.quick)
+    return rows + cases.net_cases(args.nets, args.dtype)
+
+
 def _apply_quick(args: argparse.Namespace) -> None:
     """Fills in what was not asked for."""
     if args.rounds is None:
-        args.rounds = 2 if args.quick else 9
+        args.rounds = 2 if args.quick else 5 if args.gpu else 9
+    if args.passes is None and args.gpu:
+        args.passes = cases.PASSES[1:3] + cases.PASSES[5:]
     if args.passes is None:
         args.passes = cases.PASSES[:3] if args.quick else cases.PASSES
     if args.nets is None:
         chosen = args.shape is not None or args.layout is not None
         args.nets = [] if chosen or args.quick else list(cases.NETS)
+        if args.gpu and args.nets:
+            args.nets = ["ResNet-50"]
 
 
 def _deliver(args: argparse.Namespace, name: str, text: str) -> None:

@@ -21,6 +21,18 @@ CHANNELS_LAST = (
 )
 CHANNELS_FIRST = ((32, 512, 7, 7), (32, 256, 14, 14), (32, 64, 56, 56))
 DENSE = ((8, 32), (256, 1024))
+# The same net at a batch that keeps a GPU busy; first the layers of most bytes.
+ON_A_GPU = (
+    ((256, 56, 56, 256), "NHWC"),
+    ((256, 14, 14, 1024), "NHWC"),
+    ((256, 112, 112, 64), "NHWC"),
+    ((256, 28, 28, 512), "NHWC"),
+    ((256, 7, 7, 2048), "NHWC"),
+    ((256, 256, 56, 56), "NCHW"),
+    ((256, 1024, 14, 14), "NCHW"),
+)
+# So many layers follow each other there, or the host would be timed.
+DEPTH = 8
 QUICK = ((32, 14, 14, 256), (8, 32))
 
 PASSES = (
@@ -40,6 +52,7 @@ UNITS = {"inference": 2, "training": 3, "gradient": 8}
 UNITS_OF_ADDING = {"inference": 1, "training": 1, "gradient": 3}
 
 NETS = {"small net": (32, 32, 32, 32), "ResNet-50": (8, 64, 64, 3)}
+IMAGES_ON_A_GPU = (128, 224, 224, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +65,7 @@ class Case:
         layout: "NHWC", "NCHW", or "NC" for two axes.
         dtype: The name of x's dtype.
         what: One of `PASSES`, or "train step" of a net.
+        depth: How many such layers follow each other; what is told is the time of one.
     """
 
     kind: str
@@ -59,6 +73,7 @@ class Case:
     layout: str
     dtype: str
     what: str
+    depth: int = 1
 
     @property
     def mode(self) -> str:
@@ -91,13 +106,15 @@ class Case:
         return size if self.kind == "layer" else f"{self.kind} {size}"
 
     def data(self) -> list[np.ndarray]:
-        """Returns x, dy and what is added, in float32 and the same for every peer."""
+        """Returns values of x, dy and what is added, the same for every peer.
+
+        They are drawn once, to be repeated up to x's shape where the peer computes: to
+        draw gigabytes, or to send them to a device, would take longer than to time them.
+        """
         rng = np.random.default_rng(0)
-        # Drawn once and repeated: to draw gigabytes would take longer than to time them.
         size = min(math.prod(self.shape), DRAWN)
         x, *rest = rng.standard_normal((3 if self.adds else 2, size), np.float32)
-        drawn = (x * np.float32(1.5) + np.float32(0.5), *rest)
-        return [np.resize(values, self.shape) for values in drawn]
+        return [x * np.float32(1.5) + np.float32(0.5), *rest]
 
 
 def as_shape(text: str) -> tuple[int, ...]:
@@ -138,10 +155,29 @@ def layer_cases(
     ]
 
 
-def net_cases(names: Sequence[str], dtypes: Sequence[str]) -> list[Case]:
-    """Returns the rows of nets."""
+def gpu_cases(
+    shapes: Sequence[tuple[int, ...]] | None,
+    layout: str | None,
+    dtypes: Sequence[str],
+    passes: Sequence[str],
+) -> list[Case]:
+    """Returns chains of layers, those first whose times tell most."""
+    rows = ON_A_GPU if shapes is None else [(s, layout or "NHWC") for s in shapes]
     return [
-        Case(name, NETS[name], "NHWC", dtype, "train step")
+        Case("layer", shape, "NC" if len(shape) == 2 else order, dtype, what, DEPTH)
+        for shape, order in rows
+        for dtype in dtypes
+        for what in passes
+        if layout in (None, order)
+    ]
+
+
+def net_cases(
+    names: Sequence[str], dtypes: Sequence[str], images: tuple[int, ...] | None = None
+) -> list[Case]:
+    """Returns the rows of nets, with images of their own size or of the given one."""
+    return [
+        Case(name, images or NETS[name], "NHWC", dtype, "train step")
         for name in names
         for dtype in dtypes
     ]

@@ -119,7 +119,7 @@ def run_case(
     """Returns a row: the times of each round, temporaries, and why some are missing."""
     row: dict[str, Any] = {**dataclasses.asdict(case), "name": case.name}
     row |= {"bytes": case.bytes_of_x, "units": case.units if case.kind == "layer" else None}
-    temp, checks, missing, ready = {}, {}, {}, []
+    temp, kernels, checks, missing, ready = {}, {}, {}, {}, []
     # Only jaxbn and linen are written into the nets.
     peers = [p for p in peers if case.kind == "layer" or p in ("jaxbn", "linen")]
     for peer in [crew.floor, *peers]:
@@ -136,6 +136,7 @@ def run_case(
             continue
         ready.append(peer)
         temp[peer], checks[peer] = told["temp"], told["check"]
+        kernels[peer] = told["kernels"]
     _compare(case, checks, tell)
     times: dict[str, list[float]] = {peer: [] for peer in ready}
     order = np.random.default_rng(0)
@@ -146,8 +147,8 @@ def run_case(
             times[peer].append(crew.ask(crew.environment(peer), "visit", peer=peer))
     crew.forget()
     times = {peer.removeprefix("device "): seconds for peer, seconds in times.items()}
-    row |= {"seconds": times, "temp": temp, "missing": missing, "ratios": ratios(times)}
-    return row
+    row |= {"seconds": times, "temp": temp, "kernels": kernels}
+    return row | {"missing": missing, "ratios": ratios(times)}
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -48,7 +48,8 @@ uint64_t r3w(ptrdiff_t n, R a, R b, R c, W y) {
 class Floor:
     """The sweeps of a pass over arrays of x's bytes; the calls of `passes.Program`."""
 
-    temp = None
+    temp = kernels = None
+    layers = 1
     check: tuple[float, ...] = ()
 
     def __init__(self, case: Case):

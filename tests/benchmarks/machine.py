@@ -16,7 +16,7 @@ ALLOCATOR = {
 }
 PACKAGES = (
     "jaxbn", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch", "numpy",
-    "jax-cuda12-plugin", "libtpu",
+    "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu",
 )  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def train_step(peer: str, case: Case) -> tuple[tuple[Any, ...], Callable[..., An
         x = NETS[case.kind](net, x)
         return net.dense(x.mean(axis=(1, 2), dtype=jnp.float32), NUM_CLASSES)
 
-    images = jnp.asarray(case.data()[0], case.dtype)
+    images = jnp.resize(jnp.asarray(case.data()[0], case.dtype), case.shape)
     labels = jnp.arange(case.shape[0]) % NUM_CLASSES
     jax.eval_shape(logits, images)
     # Copies, since no two of them may share the memory that they give away.

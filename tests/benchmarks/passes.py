@@ -12,6 +12,7 @@ import numpy as np
 from tests.benchmarks.cases import Case
 from tests.benchmarks.layers import Layer, UnfitError, Wanted, make_layer
 from tests.benchmarks.nets import train_step
+from tests.benchmarks.traffic import kernels
 
 Pass = Callable[..., Any]
 NUM_BLOCKS = 8
@@ -22,6 +23,7 @@ class Program:
 
     def __init__(self, peer: str, case: Case):
         self._case = case
+        self.layers = case.depth
         if case.kind == "layer":
             self._arguments, run = layer_pass(peer, case)
             self._run = jax.jit(run)
@@ -31,8 +33,10 @@ class Program:
             # As in a training: the old params and state give their memory to the new ones.
             self._run = jax.jit(run, donate_argnums=0)
             self._carried = 1
-        memory = self._run.lower(*self._arguments).compile().memory_analysis()
+        compiled = self._run.lower(*self._arguments).compile()
+        memory = compiled.memory_analysis()
         self.temp = memory.temp_size_in_bytes / case.bytes_of_x if memory else math.nan
+        self.kernels = len(kernels(compiled.as_text() or "")) / case.depth
         self.check = [_magnitude(leaf) for leaf in self._results(self.call())]
 
     def call(self) -> Any:
@@ -56,20 +60,28 @@ class Program:
 class DeviceFloor:
     """The traffic of a pass as copies on an accelerator, where a sweep in C cannot run."""
 
-    temp = None
+    temp = kernels = None
     check: tuple[float, ...] = ()
 
     def __init__(self, case: Case):
         if case.kind != "layer":
             raise UnfitError("a net has convolutions")
         self._x = jnp.ones(case.shape, case.dtype)
-        self._copy = jax.jit(lambda x: -x)
-        self._units = case.units
+        # A copy moves two units; twice the layers, so that their copies are whole.
+        self.layers, copies = 2 * case.depth, case.depth * case.units
+
+        @jax.jit
+        def copy(x):
+            for _ in range(copies):
+                x = jax.lax.optimization_barrier(-x)
+            return x
+
+        self._copy = copy
 
     def times(self, calls: int) -> None:
-        """Copies the bytes of so many passes; a copy moves two units."""
+        """Copies the bytes of so many passes."""
         result = None
-        for _ in range(math.ceil(calls * self._units / 2)):
+        for _ in range(calls):
             result = self._copy(self._x)
         jax.block_until_ready(result)
 
@@ -84,7 +96,7 @@ def layer_pass(peer: str, case: Case) -> tuple[tuple[Any, ...], Pass]:
     wanted = Wanted(
         case.shape[case.axis], len(case.shape), case.axis, case.dtype, case.relu
     )
-    layer = make_layer(peer, wanted)
+    layer = chained(make_layer(peer, wanted), case.depth)
     if case.mode == "gradient":
         return (layer.params, layer.state, x, dy, *added), gradient(layer)
 
@@ -97,7 +109,25 @@ def layer_pass(peer: str, case: Case) -> tuple[tuple[Any, ...], Pass]:
 @functools.lru_cache(maxsize=1)
 def _arrays(case: Case) -> list[jax.Array]:
     """Returns x, dy and what is added; the peers of a row share them."""
-    return [jnp.asarray(array, case.dtype) for array in case.data()]
+    return [jnp.resize(jnp.asarray(a, case.dtype), case.shape) for a in case.data()]
+
+
+def chained(layer: Layer, depth: int) -> Layer:
+    """Returns layers one after another; XLA fuses none with the next, as in a net."""
+    if depth == 1:
+        return layer
+
+    def apply(params, states, x, *rest):
+        new = []
+        for param, state in zip(params, states, strict=True):
+            x, state = layer.apply(param, state, x, *rest)
+            x = jax.lax.optimization_barrier(x)
+            new.append(state)
+        return x, new
+
+    copies = [jax.tree.map(jnp.array, layer[:2]) for _ in range(depth)]
+    params, states = map(list, zip(*copies, strict=True))
+    return Layer(params, states, apply)
 
 
 def gradient(layer: Layer) -> Pass:

@@ -77,6 +77,8 @@ def _times_table(rows):
     header += ["jaxbn ms", *(n.replace("/", " / ") for n in peers)]
     nets = rows[0]["kind"] != "layer"
     header += [f"temp {p}{', MB' if nets else ''}" for p in ("jaxbn", "linen")]
+    counted = any(row["depth"] > 1 for row in rows)
+    header += [f"kernels {p}" for p in ("jaxbn", "linen")] if counted else []
     table = []
     for row in rows:
         seconds = row["seconds"]
@@ -90,6 +92,8 @@ def _times_table(rows):
             temp = row["temp"].get(peer)
             megabytes = nets and temp is not None
             cells.append(f"{temp * row['bytes'] / 1e6:.0f}" if megabytes else _number(temp))
+        for peer in ("jaxbn", "linen") if counted else ():
+            cells.append(_number(row["kernels"].get(peer)))
         table.append(cells)
     return _table(header, table)
 

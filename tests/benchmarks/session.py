@@ -3,8 +3,11 @@
 import argparse
 import dataclasses
 import json
+import math
+import os
 import statistics
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,11 +52,15 @@ def measure(rows: list[Case], args: argparse.Namespace, peers: list[str]) -> dic
         **machine.describe(),
         "rounds": args.rounds,
         "skipped": [peer for peer in args.peers if peer not in peers],
+        "flags": os.environ.get("XLA_FLAGS", ""),
         "rows": [],
+        "not measured": [],
         "residuals": [],
         "compile": [],
         "import": {},
     }
+
+    end = time.monotonic() + 60 * (args.minutes or math.inf)
 
     def save() -> None:
         found["load_after"] = machine.load()
@@ -66,12 +73,19 @@ def measure(rows: list[Case], args: argparse.Namespace, peers: list[str]) -> dic
         on_cpu = crew.floor == "floor"
         found["floor"] = crew.about["floor"]["how"] if on_cpu else "copies on the device"
         for case in progress(rows, "row"):
+            if time.monotonic() > end:
+                found["not measured"].append(f"{case.name} {case.dtype} {case.what}")
+                continue
             found["rows"].append(run_case(crew, case, peers, args.rounds, tell))
             save()
         jax_peers = [peer for peer in peers if PEERS[peer][0] == "jax"]
-        found["residuals"] = _residuals(crew, jax_peers, args.dtype)
-        found["compile"] = _compile(crew, jax_peers, args.quick)
-    found["import"] = _imports(peers, repeats=1 if args.quick else 7)
+        if not args.gpu:
+            found["residuals"] = _residuals(crew, jax_peers, args.dtype)
+            found["compile"] = _compile(crew, jax_peers, args.quick)
+    if found["not measured"]:
+        tell(f"After {args.minutes} minutes these were left: {found['not measured']}.")
+    if not args.gpu:
+        found["import"] = _imports(peers, repeats=1 if args.quick else 7)
     save()
     return found
 

@@ -63,10 +63,11 @@ class Worker:
         seconds = time.perf_counter() - start
         calls = min(MAX_CALLS, 1 + int(SAMPLE_SECONDS / max(seconds, 1e-7)))
         self._calls[peer] = calls
-        return {"temp": program.temp, "check": list(program.check), "calls": calls}
+        told = {name: getattr(program, name) for name in ("temp", "kernels")}
+        return {**told, "check": list(program.check), "calls": calls}
 
     def visit(self, peer: str) -> float:
-        """Returns the seconds of a call: the better of two samples after a warm-up."""
+        """Returns the seconds of a layer: the better of two samples after a warm-up."""
         program, calls = self._programs[peer], self._calls[peer]
         program.times(max(1, calls // 4))
         samples = []
@@ -74,7 +75,7 @@ class Worker:
             start = time.perf_counter()
             program.times(calls)
             samples.append((time.perf_counter() - start) / calls)
-        return min(samples)
+        return min(samples) / program.layers
 
     def forget(self) -> None:
         """Frees what was prepared."""

@@ -1,5 +1,6 @@
 """Runs the cases that were recorded from Keras 3, through jaxbn.convert."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbn import convert
@@ -16,9 +17,9 @@ KINDS = {
     f"{name}_{what}" for name in ("beta", "gamma") for what in ("regularizer", "constraint")
 }
 WORDS = {
-    "l1": {"reg": "keras_l1_l2", "l1": 0.01, "l2": 0.0},
-    "l2": {"reg": "keras_l1_l2", "l1": 0.0, "l2": 0.01},
-    "l1_l2": {"reg": "keras_l1_l2", "l1": 0.01, "l2": 0.01},
+    "l1": {"l1": 0.01},
+    "l2": {"l2": 0.01},
+    "l1_l2": {"l1": 0.01, "l2": 0.01},
     "non_neg": {"constraint": "non_neg"},
     "unit_norm": {"constraint": "unit_norm"},
     "max_norm": {"constraint": "max_norm", "max_value": 2.0},
@@ -78,9 +79,12 @@ def of_kind(case, kind):
 def decoded(value):
     """Returns the function of an argument: a word, a dict of numbers, or a named one."""
     if isinstance(value, str):
-        return encoded(WORDS[value])
-    if value.keys() <= {"l1", "l2"}:
-        return encoded({"reg": "keras_l1_l2", "l1": 0.0, "l2": 0.0, **value})
+        value = WORDS[value]
+    if value.keys() <= {"reg", "l", "l1", "l2"}:
+        given = {name: number for name, number in value.items() if name != "reg"}
+        if "l" in given:
+            given = {value["reg"].removeprefix("keras_"): given["l"]}
+        return penalty(**given)
     if len(value) == 1:
         # Such as {"max_norm": 1.0} and {"min_max_norm": {"min_value": 0.5}}.
         ((word, given),) = value.items()
@@ -88,6 +92,11 @@ def decoded(value):
         if word in WORDS or word == "min_max_norm":
             return encoded({"constraint": word, **given})
     return encoded(value)
+
+
+def penalty(l1=0.0, l2=0.0):
+    """Returns Keras' regularizer on JAX, whose gradient of |w| at 0 is 1."""
+    return lambda w: l1 * jnp.abs(w).sum() + l2 * jnp.square(w).sum()
 
 
 def total(penalties, params):

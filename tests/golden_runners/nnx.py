@@ -14,11 +14,14 @@ from tests.golden_runners.linen import (
     near_of,
 )
 
+# Notes for tools, beside the arrays.
+METADATA = {"scale_metadata", "bias_metadata"}
+
 
 def run(case):
     """Runs every step of a case; what is not known is an error."""
-    assert set(case.kwargs) <= KNOWN | {"num_features"}, case.kwargs
-    kwargs = arguments(case)
+    assert set(case.kwargs) <= KNOWN | METADATA | {"num_features"}, case.kwargs
+    kwargs = {k: v for k, v in arguments(case).items() if k not in METADATA}
     size = kwargs.pop("num_features", case.meta["shape"][kwargs.get("axis", -1)])
     layer = jaxbn.nnx.BatchNorm(size, rngs=nnx.Rngs(0), **kwargs)
     start = case.meta["init_state"]

@@ -45,17 +45,23 @@ INITIALIZERS = {
     "random_uniform": lambda minval, maxval, seed: jax.nn.initializers.uniform(),
     "random_normal": lambda mean, stddev, seed: jax.nn.initializers.normal(),
 }
-# The gradient of |w| at exactly 0 is 0, as in TensorFlow and Keras.
+
+
+def magnitude(w):
+    """Returns |w| with TensorFlow's gradient, which is 0 at 0, where JAX has 1."""
+    return w * jax.lax.stop_gradient(jnp.sign(w))
+
+
 REGULARIZERS = {
-    "contrib_l1": lambda scale: lambda w: scale * jnp.abs(w).sum(),
+    "contrib_l1": lambda scale: lambda w: scale * magnitude(w).sum(),
     "contrib_l2": lambda scale: lambda w: scale * jnp.square(w).sum() / 2,
     "contrib_l1_l2": lambda scale_l1, scale_l2: (
-        lambda w: scale_l1 * jnp.abs(w).sum() + scale_l2 * jnp.square(w).sum() / 2
+        lambda w: scale_l1 * magnitude(w).sum() + scale_l2 * jnp.square(w).sum() / 2
     ),
-    "keras_l1": lambda l: lambda w: l * jnp.abs(w).sum(),  # noqa: E741
+    "keras_l1": lambda l: lambda w: l * magnitude(w).sum(),  # noqa: E741
     "keras_l2": lambda l: lambda w: l * jnp.square(w).sum(),  # noqa: E741
     "keras_l1_l2": lambda l1, l2: (
-        lambda w: l1 * jnp.abs(w).sum() + l2 * jnp.square(w).sum()
+        lambda w: l1 * magnitude(w).sum() + l2 * jnp.square(w).sum()
     ),
 }
 

@@ -11,9 +11,9 @@ from jaxbn import convert
 from tests.golden_runners import torch_models
 from tests.golden_runners.case import assert_near
 
-KNOWN = {"momentum", "eps", "affine", "track_running_stats", "training"}
-# Told by the arrays.
-KNOWN |= {"num_features", "device", "dtype"}
+KNOWN = {"momentum", "eps", "affine", "bias", "track_running_stats", "training"}
+# Told by the arrays, or of no effect where one process has all.
+KNOWN |= {"num_features", "device", "dtype", "process_group"}
 
 
 def run(case):
@@ -48,7 +48,7 @@ def layer_of(case):
         epsilon=case.kwargs.get("eps", 1e-5),
         ddof=1,
         use_scale=affine,
-        use_bias=affine,
+        use_bias=affine and case.kwargs.get("bias", True),
         param_dtype="float64" if case.meta["dtype"] == "float64" else "float32",
     )
 

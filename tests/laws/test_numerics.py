@@ -1,11 +1,14 @@
 """What the numbers must do where others lose them: large means, NaN, nothing to average."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxbn
+from jaxbn._kernels import compensated
 from tests.laws import oracle
 
 
@@ -69,12 +72,13 @@ def test_a_batch_that_is_not_finite_shows_and_leaves_the_state(bad, option):
     x[3, 1] = bad
     bn = jaxbn.BatchNorm(**option)
     params, before = bn.init(4)
-    y, after = bn.apply(params, before, jnp.asarray(x), True)
-    assert np.isnan(y[:, 1]).any()
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        assert new[1] == old[1]
-        assert (np.delete(new, 1) != np.delete(old, 1)).all()
-    assert np.isfinite(np.delete(y, 1, axis=1)).all()
+    for weights in (None, jnp.ones(8)):
+        y, after = bn.apply(params, before, jnp.asarray(x), True, weights=weights)
+        assert np.isnan(y[:, 1]).any()
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            assert new[1] == old[1]
+            assert (np.delete(new, 1) != np.delete(old, 1)).all()
+        assert np.isfinite(np.delete(y, 1, axis=1)).all()
 
 
 def test_a_variance_that_overflows_leaves_the_state():
@@ -200,3 +204,71 @@ def test_without_feature_axes_everything_is_one_feature():
     want = (wide - wide.mean()) / np.sqrt(wide.var() + bn.epsilon)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.mean, 0.01 * wide.mean(), rtol=1e-5)
+
+
+def test_a_huge_value_of_weight_0_changes_nothing():
+    x, weights = normal(1.0, 1.0, rows=8), jnp.ones(8).at[3].set(0)
+    want = jaxbn.moments(jnp.asarray(x), weights=weights)
+    huge = np.where(np.arange(8)[:, None] == 3, np.float32(1e30), x)  # its square is inf
+    got = jaxbn.moments(jnp.asarray(huge), weights=weights)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_y_of_half_precision_is_rounded_once(dtype):
+    x = jnp.asarray(normal(200.3, 5.0, rows=64)).astype(dtype)
+    bn = jaxbn.BatchNorm()
+    y, _ = bn.apply(*bn.init(4), x, True)
+    wide = np.asarray(x, np.float64)
+    want = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + bn.epsilon)
+    rounding = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=rounding, atol=1e-6)
+
+
+def test_the_moments_of_nothing_are_0():
+    for array in jaxbn.moments(jnp.ones((0, 3))):
+        np.testing.assert_array_equal(array, jnp.zeros(3))
+
+
+def test_gradients_survive_a_large_spread():
+    """Where the cube of one over the standard deviation is below the smallest float32."""
+    x = normal(0.0, 1e14, rows=16)
+    dy = normal(0.0, 1.0, rows=16, seed=1)
+    bn = jaxbn.BatchNorm()
+    loss = lambda x: (bn.apply(*bn.init(4), x, True)[0] * dy).sum()
+    wide, d = x.astype(np.float64), dy.astype(np.float64)
+    y = (wide - wide.mean(0)) / wide.std(0)
+    want = (d - d.mean(0) - y * (d * y).mean(0)) / wide.std(0)
+    np.testing.assert_allclose(
+        jax.grad(loss)(jnp.asarray(x)) * 1e14, want * 1e14, atol=1e-5
+    )
+
+
+def test_sums_and_products_of_twice_the_precision():
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=4096) * 2.0 ** rng.integers(-12, 12, 4096) for _ in range(2))
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    both = jax.jit(lambda a, b: (compensated.two_sum(a, b), compensated.two_product(a, b)))
+    total, product = (np.add(*np.float64(pair)) for pair in both(a, b))
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    np.testing.assert_array_equal(total, a + b)
+    np.testing.assert_allclose(product, a * b, rtol=2.0**-44)
+
+
+def test_an_ensemble_may_lie_along_any_axis():
+    x = jnp.asarray(normal(1.0, 2.0, rows=15)).reshape(5, 3, 4)
+    want = jax.vmap(jaxbn.moments)(jnp.moveaxis(x, 1, 0))
+    got = jax.vmap(jaxbn.moments, in_axes=1)(x)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_no_gradient_flows_into_running_statistics():
+    state = jaxbn.BatchStats(jnp.zeros(3), jnp.ones(3))
+    batch = jaxbn.Moments(jnp.ones(3), jnp.ones(3), jnp.full(3, 4.0))
+
+    def tracked(state, batch):
+        after = jaxbn.update_running(state, batch, momentum=0.5)
+        return after.mean.sum() + after.var.sum()
+
+    for leaf in jax.tree.leaves(jax.grad(tracked, (0, 1))(state, batch)):
+        np.testing.assert_array_equal(leaf, 0)

@@ -478,3 +478,30 @@ def test_a_forgotten_axis_name_is_loud_where_jax_tracks_what_varies():
     local = by_mesh(lambda x: jax.tree.map(lambda s: s[None], track(x)), P("d"))(x)
     want = jax.vmap(track)(x.reshape(DEVICES, -1, 3))
     np.testing.assert_allclose(local.var, want.var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_pooled_moments_and_their_gradients_are_those_of_the_whole(dtype):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 5, 3)) + np.arange(4)[:, None, None]
+    if dtype == "complex64":
+        x = x + 1j * rng.normal(size=x.shape)
+    x, weights = jnp.asarray(x, dtype), jnp.asarray(rng.integers(0, 3, (4, 5)), jnp.float32)
+
+    def size(moments):
+        return (jnp.abs(moments.mean) ** 3 * jnp.arange(3.0) + jnp.sqrt(moments.var)).sum()
+
+    def spread(x):
+        each = lambda x, w: jaxbn.sync_moments(jaxbn.moments(x, weights=w), "d")
+        pooled = jax.vmap(each, axis_name="d", out_axes=None)(x, weights)
+        return size(pooled), pooled
+
+    def whole(x):
+        moments = jaxbn.moments(x.reshape(20, 3), weights=weights.reshape(20))
+        return size(moments), moments
+
+    (got, moments), (want, known) = (
+        jax.jit(jax.grad(f, has_aux=True))(x) for f in (spread, whole)
+    )
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(near, (got, moments), (want, known))

@@ -1,5 +1,7 @@
 """Sums over tiles: their values, the modes they run in, and where they are taken."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,3 +158,19 @@ def test_a_program_for_one_device_reads_large_arrays_once(activation, dtype, dev
     fuses_sums = jax.__version_info__ >= (0, 10) and dtype != "float16"
     if tiles or (fuses_sums and activation is None):
         assert program.memory_analysis().temp_size_in_bytes <= 0.04 * x.nbytes / devices
+
+
+def test_weighted_sums_are_those_of_float64(small_tiles):
+    rng = np.random.default_rng(3)
+    x, t = (jnp.asarray(rng.standard_normal(SHAPE), jnp.float32) for _ in range(2))
+    w = jnp.asarray(rng.integers(0, 3, SHAPE[:3]), jnp.float32)
+    moments = jax.jit(lambda x: jaxbn.moments(x, weights=w)[:2])
+    (mean, var), (mean_t, var_t) = jax.jvp(moments, (x,), (t,))
+    x, t, w = (np.asarray(array, np.float64) for array in (x, t, w))
+    share = w[..., None] / w.sum()
+    total = lambda values: (share * values).sum((0, 1, 2))
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    near(mean, total(x))
+    near(var, total((x - total(x)) ** 2))
+    near(mean_t, total(t))
+    near(var_t, 2 * total((x - total(x)) * t))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxbn
+from jaxbn import convert
 
 BN = jaxbn.BatchNorm(momentum=0.5)
 X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32) * 2 + 1
@@ -179,6 +180,26 @@ def test_a_layer_counts_the_single_examples_that_it_gathers():
     _, after = jaxbn.Gather(jaxbn.BatchNorm()).apply(params, gathered, x, False)
     assert after.batch.count.tolist() == [1, 1, 1]
     assert after.batch.mean.tolist() == [0, 1, 2]
+
+
+def test_an_adjustment_follows_the_correction():
+    layer = jaxbn.BatchRenorm(jaxbn.BatchNorm(momentum=0.5))
+    s, o = ADJUSTMENTS["features"]
+    params, state = start(layer)
+    corrected, _ = layer.apply(params, state, X, True)
+    y, _ = layer.apply(params, state, X, True, adjustment=(s, o))
+    want = ((np.asarray(corrected) + 1) / 2 * s + o) * 2 - 1  # by `start`: scale 2, bias -1
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [jaxbn.BatchRenorm, convert.EmaBatchNorm])
+def test_what_the_batch_lacks_is_not_corrected(wrap):
+    layer = wrap(jaxbn.BatchNorm(momentum=0.5))
+    params, state = layer.init(3)
+    _, state = layer.apply(params, state, X, True)
+    y, after = layer.apply(params, state, X, True, weights=jnp.zeros(len(X)))
+    np.testing.assert_allclose(y, layer.apply(params, state, X, False)[0], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 3), (4, 1, 1), (1, 2, 3)])

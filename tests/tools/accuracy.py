@@ -1,4 +1,4 @@
-"""Prints the README's table of errors: `python -m tests.tools.accuracy` (needs flax)."""
+"""Prints the errors of docs/numerics.md: `python -m tests.tools.accuracy` (needs flax)."""
 
 import jax
 import jax.numpy as jnp

@@ -7,6 +7,8 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn.convert._readers.contents import Contents
+
 _DTYPES = {
     "BOOL": np.bool_,
     "U8": np.uint8,
@@ -27,23 +29,20 @@ _DTYPES = {
 }
 
 
-def read_safetensors(file: BinaryIO, limit: int) -> dict[str, np.ndarray]:
-    """Returns the arrays of a file of at most `limit` bytes of arrays, or raises."""
-    size = file.seek(0, 2)
-    if size > limit:
-        raise ValueError(f"its {size} bytes are more than max_bytes={limit}")
+def read_safetensors(file: BinaryIO, contents: Contents) -> None:
+    """Adds the arrays of a file, or raises."""
+    contents.reserve(file.seek(0, 2))
     file.seek(0)
     content = file.read()
     tensors = dict(_package().deserialize(content))
-    arrays = {}
     for name in _names(content):
         tensor = tensors[name]
         if tensor["dtype"] not in _DTYPES:
             raise ValueError(f"{name!r} has the unknown dtype {tensor['dtype']}")
         dtype = np.dtype(_DTYPES[tensor["dtype"]])
         flat = np.frombuffer(tensor["data"], dtype.newbyteorder("<"))
-        arrays[name] = flat.astype(dtype).reshape(tensor["shape"])
-    return arrays
+        contents.count()
+        contents.arrays[name] = flat.astype(dtype).reshape(tensor["shape"])
 
 
 def write_safetensors(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:

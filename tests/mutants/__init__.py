@@ -1,0 +1,1 @@
+"""Breaks the numeric core on purpose, to see that the default tests notice."""
