@@ -103,7 +103,7 @@ class DomainBatchNorm(Wrapper[Params, State]):
     ) -> tuple[Params, State]:
         """Returns the params and the state before training, all domains alike.
 
-        Takes the keywords of `bn.init`.
+        Takes num_features and the keywords of `bn.init`.
         """
         params, state = self.bn.init(num_features, **options)
 
