@@ -164,6 +164,9 @@ MUTANTS = [
             'if self.groups_on == "out":\n            return kernel.reshape',
             FOLD,
         ),
+    ),
+    *of(
+        "_fold/checks.py",
         (
             "padding with zeros is taken for harmless",
             "pads = not single and padding.upper() not in _HARMLESS",
