@@ -23,6 +23,7 @@ from jaxbn._kernels.normalize import normalize
 from jaxbn._layers.batch_norm import BatchNorm
 from jaxbn._layers.batch_renorm import BatchRenorm
 from jaxbn._layers.checks import in_our_words as _in_our_words
+from jaxbn._layers.domain_batch_norm import DomainBatchNorm
 from jaxbn._layers.dropout import dropout
 from jaxbn._layers.functions import apply, init
 from jaxbn._layers.ghost_batch_norm import GhostBatchNorm
@@ -37,6 +38,7 @@ from jaxbn._state import (
 )
 from jaxbn._statistics.moments import Moments, merge_moments, moments
 from jaxbn._statistics.named_axes import axis_groups
+from jaxbn._statistics.pool_states import pool_states
 from jaxbn._statistics.replicas import replica_differences, sync_state
 from jaxbn._statistics.running import update_running
 from jaxbn._statistics.sync import sync_moments
@@ -52,6 +54,7 @@ __all__ = [  # noqa: RUF022 (in the order of the documentation)
     "init",
     # Variants, and one of your own.
     "BatchRenorm",
+    "DomainBatchNorm",
     "GhostBatchNorm",
     "Normalizer",
     "RenormLimits",
@@ -67,6 +70,7 @@ __all__ = [  # noqa: RUF022 (in the order of the documentation)
     "update_running",
     # Devices.
     "axis_groups",
+    "pool_states",
     "replica_differences",
     "sync_moments",
     "sync_state",

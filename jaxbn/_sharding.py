@@ -70,7 +70,8 @@ def split_like(x: Array, tree: Tree, axes: tuple[int, ...] = ()) -> Tree:
         if array.ndim != len(mine):
             return array
         pairs = zip(array.shape, mine, strict=True)
-        spec = (None if size == 1 else wanted.spec[axis] for size, axis in pairs)
+        shared = ((n != 1 and n == x.shape[axis], axis) for n, axis in pairs)
+        spec = (wanted.spec[axis] if same else None for same, axis in shared)
         return _resharded(array, wanted.update(spec=tuple(spec)))
 
     return jax.tree.map(split, tree)

@@ -26,6 +26,8 @@ PUBLIC = {
     "activation, axis_name, axis_index_groups, dtype, param_dtype)",
     "BatchNormParams": "(scale, bias)",
     "BatchRenorm": "(bn, *, momentum, limits)",
+    "DomainBatchNorm": "(bn, num_domains, *, affine)",
+    "pool_states": "(states, weights)",
     "Ema": "(decay, *, debias)",
     "EmaState": "(average, weight)",
     "GhostBatchNorm": "(inner, virtual_batch_size, *, layout, tracking)",
@@ -61,6 +63,8 @@ METHODS = {
     "Ema.init": "(self, tree)",
     "Ema.update": "(self, state, tree, *, decay, num_updates)",
     "Ema.value": "(self, state, like)",
+    "DomainBatchNorm.apply": "(self, params, state, x, training, *_, domains, weights, "
+    "residual, adjustment, **options)",
     "BatchNorm.init": "(self, num_features, *, scale_init, bias_init, mean_init, var_init, "
     "key)",
     "BatchNorm.apply": "(self, params, state, x, training, *, weights, residual, "

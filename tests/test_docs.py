@@ -193,5 +193,14 @@ def test_the_readmes_work_on_a_package_index():
         assert [t for t in relative if "://" not in t and t[0] != "#"] == []
 
 
+def test_a_recipe_is_short():
+    blocks = re.findall(
+        r"```python\n(.*?)```", (DOCS / "recipes.md").read_text(), re.DOTALL
+    )
+    lines = [re.findall(r"^(?:>>>|\.\.\.) +\S.*$", block, re.MULTILINE) for block in blocks]
+    assert len(blocks) > 20
+    assert [block for block in lines if len(block) > 15] == []
+
+
 def test_the_charts_show_what_was_recorded():
     assert charts.differences() == []

@@ -9,6 +9,7 @@ from jax import lax
 
 from jaxbn._accumulation.state import Gathered
 from jaxbn._axes import divided_axes
+from jaxbn._layers.by_domain import moments_by_domain
 from jaxbn._layers.checks import in_our_words, split_mode
 from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._layers.normalizer import Normalizer, Params, State
@@ -20,7 +21,7 @@ from jaxbn._statistics.sync import sync_moments
 from jaxbn._typing import Array, ArrayLike
 
 # The keywords of `apply` that its `track` does not take.
-NOT_TRACKED = {"weights", "residual", "adjustment"}
+NOT_TRACKED = {"weights", "residual", "adjustment", "domains"}
 
 
 @jax.tree_util.register_static
@@ -122,7 +123,10 @@ class Gather(Wrapper[Params, State]):
             # One example, which all its axes are features of.
             x, axes = jnp.asarray(x)[None], tuple(range(1, jnp.ndim(x) + 1))
             weights = None if weights is None else jnp.asarray(weights)[None]
-        batch = moments(x, feature_axes=axes, weights=weights)
+        if getattr(inner, "bank", None) is None:
+            batch = moments(x, feature_axes=axes, weights=weights)
+        else:
+            batch = moments_by_domain(inner, x, axes, weights, options["domains"])
         if inner.axis_name is not None:
             groups = inner.axis_index_groups
             batch = sync_moments(batch, inner.axis_name, axis_index_groups=groups)

@@ -100,6 +100,11 @@ def as_affine(
 def _check_affine(normalizer: Normalizer[Any, Any]) -> None:
     """Raises unless a normalizer tells what affine map it is in inference."""
     require("as_affine", normalizer, "running", "standardize", "scale_and_bias")
+    if getattr(normalizer, "bank", None) is not None:
+        raise ValueError(
+            f"{type(normalizer).__name__} is another affine map for each domain. Choose "
+            "one: as_affine(*normalizer.of_domain(params, state, domain), normalizer.bn)."
+        )
     activation = getattr(normalizer, "activation", None)
     if activation is not None:
         raise refused(

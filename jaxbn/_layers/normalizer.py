@@ -11,6 +11,8 @@ from jaxbn._axes import divided_axes, expand, no_axis_left
 from jaxbn._dtypes import as_float, refuse_half
 from jaxbn._kernels.reduction import hide_unweighted
 from jaxbn._layers import checks
+from jaxbn._layers.bank import Bank
+from jaxbn._layers.by_domain import apply_by_domain, as_ids
 from jaxbn._layers.foreign_words import not_a_function
 from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._layers.loop_shape import loop_shape_of
@@ -80,6 +82,7 @@ class Normalizer(Protocol[Params, State]):
         activation: Applied last, or None.
         dtype: The dtype of the result; None for that of x.
         ghost_batches: How the batch is divided in training, or None.
+        bank: How many domains have statistics of their own, or None.
     """
 
     feature_axes: Axes = -1
@@ -88,6 +91,7 @@ class Normalizer(Protocol[Params, State]):
     activation: Activation | None = None
     dtype: DTypeLike | None = None
     ghost_batches: GhostBatches | None = None
+    bank: Bank | None = None
 
     if not TYPE_CHECKING:  # no part of the protocol: how one of your own is pickled
         __reduce__, __copy__ = reduced, copied
@@ -168,6 +172,10 @@ def apply_normalizer(
     if residual is not None:
         checks.check_residual(residual, x.shape)
     mode, flag = checks.split_mode(training)
+    ids = None
+    if layer.bank is not None:
+        rows = x.shape[:1] if axes[:1] == (0,) else ()
+        ids = as_ids(layer, options.pop("domains", None), rows)
     lone = not axes
     if lone:
         # One example: the rest of its batch is on the mapped axis.
@@ -189,7 +197,11 @@ def apply_normalizer(
         adjustment, options = None, {}
     try:
         arrays = params, state, x, weights, residual, adjustment
-        y, after = _apply(layer, mode, axes, *arrays, flag, options)
+        if ids is None:
+            y, after = _apply(layer, mode, axes, *arrays, flag, options)
+        else:
+            plan = _apply, layer, mode, axes
+            y, after = apply_by_domain(*plan, arrays, flag, options, *ids)
     except NotImplementedError as error:
         if layer.axis_index_groups is None:
             raise

@@ -17,6 +17,7 @@ from jaxbn._kernels.accelerator import Map, divisor
 from jaxbn._kernels.affine_map import affine_map, affine_map_tangent
 from jaxbn._kernels.operation import computed_apart
 from jaxbn._kernels.reduction import ExactMoments, exact_moments, moments_tangent
+from jaxbn._layers.bank import Bank
 from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._sharding import where_alike, zeros_like_result
 from jaxbn._statistics.sync import sum_over_devices, sync_exact
@@ -59,7 +60,8 @@ def plan_of(layer, training, axes, shape, x, weights, given) -> tuple[Plan, Any]
     if fused is not None and not relu:
         # What it captured, such as the slope of a parametric ReLU, may be differentiated.
         fused, captured = jax.closure_convert(fused, jax.ShapeDtypeStruct(x.shape, wide))
-    certain = weights is None and all(isinstance(n, int) and n > 0 for n in x.shape)
+    certain = weights is None and layer.bank is None
+    certain = certain and all(isinstance(n, int) and n > 0 for n in x.shape)
     plan = Plan(layer, axes, training, ghosts, certain, fused, wide, dtype)
     return plan, captured
 
@@ -75,7 +77,7 @@ class Line(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def normalized(plan, x, weights, residual, captured, given, flag, correcting):
     """Returns y and the moments of the batch (of each ghost batch), or None."""
-    batch = _reduced(plan, x, weights, flag)
+    batch = _reduced(plan, x, weights, flag, correcting)
     line = line_of(plan, batch, given, flag, correcting)
     return _mapped(plan, x, line, residual, captured), batch
 
@@ -85,7 +87,7 @@ def _normalized_jvp(plan, primals, tangents):
     x, weights, residual, captured, given, flag, correcting = primals
     moving = jax.tree.map(_unless_zero, tangents, is_leaf=_is_zero)
     x_moving, weights_moving, residual_moving, captured_moving, given_moving, *_ = moving
-    batch = _reduced(plan, x, weights, flag)
+    batch = _reduced(plan, x, weights, flag, correcting)
     # Tangents of x are upcast here alone, so that the backward pass adds the gradients of
     # the reduction and of the map in float32 and rounds dx once.
     x_moving = None if x_moving is None else upcast(x_moving)
@@ -93,7 +95,8 @@ def _normalized_jvp(plan, primals, tangents):
     moves = x_moving is not None or weights_moving is not None
     own_moving = jax.tree.map(jnp.zeros_like, own)
     if batch is not None and moves:
-        own_moving = _moments_moving(plan, x, weights, batch, (x_moving, weights_moving))
+        moves = x_moving, weights_moving
+        own_moving = _moments_moving(plan, x, weights, batch, moves, correcting)
     elif not jax.tree.leaves(given_moving):
         own = None
 
@@ -113,14 +116,14 @@ def _normalized_jvp(plan, primals, tangents):
     return (y, batch), (y_moving, jax.tree.map(jnp.zeros_like, batch))
 
 
-def _reduced(plan: Plan, x: Array, weights: Array | None, flag: Any) -> ExactMoments | None:
+def _reduced(plan, x, weights, flag, correcting) -> ExactMoments | None:
     """Returns the moments of the batch over all devices; zeros unless `flag` holds."""
     if plan.training is False:
         return None
 
     def reduce() -> ExactMoments:
-        batch = exact_moments(x, weights, plan.axes)
-        layer = plan.layer
+        batch, layer = exact_moments(x, weights, plan.axes), plan.layer
+        batch = batch if layer.bank is None else layer.bank.pool(batch, correcting[1])
         if layer.axis_name is None:
             return batch
         return sync_exact(batch, layer.axis_name, layer.axis_index_groups)
@@ -130,15 +133,18 @@ def _reduced(plan: Plan, x: Array, weights: Array | None, flag: Any) -> ExactMom
     return lax.cond(flag, reduce, lambda: zeros_like_result(reduce))
 
 
-def _moments_moving(plan, x, weights, batch, moving):
-    """Returns the tangents of the mean and the variance.
+def _moments_moving(plan, x, weights, batch, moving, correcting):
+    """Returns the tangents of the mean and the variance, whatever the flag says.
 
-    Whatever the flag says, which decides in `line_of`: that costs the backward pass
-    nothing, and JAX cannot transpose a conditional that a vmap has made a select.
+    It decides in `line_of`: that costs the backward pass nothing, and JAX cannot transpose
+    a conditional that a vmap has made a select.
     """
-    moments = batch.mean, batch.rest, batch.var
+    moments, layer = (batch.mean, batch.rest, batch.var), plan.layer
+    if layer.bank is not None:
+        moments = layer.bank.spread(moments, correcting[1])
     totals = moments_tangent(x, weights, moments, moving, plan.axes)
-    layer = plan.layer
+    if layer.bank is not None:
+        totals = layer.bank.total(totals, correcting[1])
     if layer.axis_name is not None:
         totals = sum_over_devices(totals, layer.axis_name, layer.axis_index_groups)
     n = batch.count if plan.certain and plan.training else divisor(batch.count)
@@ -156,16 +162,16 @@ def line_of(
     mean, var = given.running
     pairs, rest, layer = [], None, plan.layer
     if batch is not None:
-        seen = None if plan.certain else batch.count > 0
+        bank: Bank | None = layer.bank
+        own = batch if bank is None else bank.spread(batch, correcting[1])
+        seen = None if plan.certain else own.count > 0
         seen = flag if seen is None else seen if flag is None else seen & flag
         if seen is None:
-            mean, var, rest = batch.mean, batch.var, batch.rest
+            mean, var, rest = own.mean, own.var, own.rest
         else:
-            mean, var = (
-                where_alike(seen, *pair)
-                for pair in zip(batch[:2], (mean, var), strict=True)
-            )
-            rest = where_alike(seen, batch.rest, 0)
+            mean = where_alike(seen, own.mean, mean)
+            var = where_alike(seen, own.var, var)
+            rest = where_alike(seen, own.rest, 0)
         # The correction touches the normalized batch first, then the adjustment does.
         given_pairs = _correction(plan, batch, correcting), given.adjustment
         for pair in (pair for pair in given_pairs if pair is not None):

@@ -29,7 +29,7 @@ def _asked_inside(name: str) -> Any:
 
 # Set here, not declared in the class: their types are those that `Normalizer` declares.
 _FIELDS = "activation", "axis_index_groups", "axis_name", "dtype", "feature_axes"
-for _name in (*_FIELDS, "ghost_batches"):
+for _name in (*_FIELDS, "bank", "ghost_batches"):
     setattr(Wrapper, _name, property(operator.attrgetter(f"wrapped.{_name}")))
 _METHODS = "check", "correction", "init", "running", "scale_and_bias", "standardize"
 for _name in (*_METHODS, "track"):

@@ -4,6 +4,7 @@ import jaxbn._flax  # noqa: F401
 from jaxbn.linen._batch_norm import BatchNorm
 from jaxbn.linen._norm import Norm
 from jaxbn.linen._reestimate import gather, reestimate, track_gathered
+from jaxbn.linen._replaced import replaced
 from jaxbn.linen._train_state import TrainState, restore
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "TrainState",
     "gather",
     "reestimate",
+    "replaced",
     "restore",
     "track_gathered",
 ]

@@ -119,47 +119,67 @@ class BatchNorm(nn.Module):
             ValueError: use_running_average is given nowhere or twice; batch_stats are
                 missing, or not mutable in training; mask or weights do not fit x.
         """
-        training = training_of(self, self.use_running_average, use_running_average)
-        x = as_inexact(x, self.dtype)
-        features = variable_shape(self.axis, x.shape)
-        mean, var = _stats(self, features, x.dtype)
-        if mean.value.shape != features:
-            raise FeaturesError("/".join(self.path), mean.value.shape, features, x.shape)
-        scale = bias = None
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, features, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, features, self.param_dtype)
-        tracking = tracks(self, training, update_stats)
-        more = gathering(self, ("mean", "var"), update_stats)
-        stats = BatchStats(mean.value, var.value)
-        y, state = call_batch_norm(
+        return call_in_linen(
             self,
-            BatchNormParams(scale, bias),
-            gathered_like(stats, [variable.value for variable in more]),
+            self,
             x,
-            training,
+            use_running_average,
             mask=mask,
             weights=weights,
-            synchronize=not self.is_initializing(),
+            update_stats=update_stats,
         )
-        if tracking or more:
-            for variable, leaf in zip(
-                (mean, var, *more), jax.tree.leaves(state), strict=True
-            ):
-                # Flax keeps the statistics in half precision where this field asks for it.
-                half = not self.force_float32_reductions
-                variable.value = leaf.astype(variable.value.dtype) if half else leaf
-        return y
+
+
+def call_in_linen(
+    module: nn.Module,
+    settings: BatchNorm,
+    x: ArrayLike,
+    use_running_average: bool | Array | None = None,
+    *,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    update_stats: bool = True,
+) -> Array:
+    """Returns what `settings` makes of `x` with the variables of `module`."""
+    training = training_of(module, settings.use_running_average, use_running_average)
+    x = as_inexact(x, settings.dtype)
+    features = variable_shape(settings.axis, x.shape)
+    mean, var = _stats(module, settings, features, x.dtype)
+    if mean.value.shape != features:
+        raise FeaturesError("/".join(module.path), mean.value.shape, features, x.shape)
+    scale = bias = None
+    if settings.use_scale:
+        scale = module.param("scale", settings.scale_init, features, settings.param_dtype)
+    if settings.use_bias:
+        bias = module.param("bias", settings.bias_init, features, settings.param_dtype)
+    tracking = tracks(module, training, update_stats)
+    more = gathering(module, ("mean", "var"), update_stats)
+    stats = BatchStats(mean.value, var.value)
+    y, state = call_batch_norm(
+        settings,
+        BatchNormParams(scale, bias),
+        gathered_like(stats, [variable.value for variable in more]),
+        x,
+        training,
+        mask=mask,
+        weights=weights,
+        synchronize=not module.is_initializing(),
+    )
+    if tracking or more:
+        for variable, leaf in zip((mean, var, *more), jax.tree.leaves(state), strict=True):
+            # Flax keeps the statistics in half precision where this field asks for it.
+            half = not settings.force_float32_reductions
+            variable.value = leaf.astype(variable.value.dtype) if half else leaf
+    return y
 
 
 def _stats(
-    module: BatchNorm, features: Shape, dtype: DTypeLike
+    module: nn.Module, settings: BatchNorm, features: Shape, dtype: DTypeLike
 ) -> tuple[nn.Variable, nn.Variable]:
     """Returns the running mean and variance for inputs of `dtype`."""
-    if module.force_float32_reductions:
-        dtype = stats_dtype(dtype if module.dtype is None else module.dtype)
+    if settings.force_float32_reductions:
+        dtype = stats_dtype(dtype if settings.dtype is None else settings.dtype)
     else:
-        dtype = jnp.dtype(module.param_dtype)
+        dtype = jnp.dtype(settings.param_dtype)
     mean = statistic(module, "mean", lambda: zero_stats(features, dtype).mean)
     return mean, statistic(module, "var", lambda: zero_stats(features, dtype).var)

@@ -20,9 +20,10 @@ from jaxbn._typing import Array
 
 
 class Switchable(nnx.Module):
-    """A layer whose mode `nnx.view` sets."""
+    """A layer whose mode `nnx.view` sets, unless it is frozen."""
 
     use_running_average: bool | None
+    frozen: bool = False
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Sets the mode of the layer, for `nnx.view`.
@@ -136,7 +137,9 @@ def trees_of(module: Norm) -> tuple[Any, Any, list[str]]:
 
 
 def training_of(module: Any, in_call: bool | Array | None) -> bool | Array:
-    """Returns the mode of the call, or else that of the module."""
+    """Returns the mode of the call, or else that of the module; a frozen one infers."""
+    if module.frozen:
+        return False
     flag = module.use_running_average if in_call is None else in_call
     if flag is None:
         raise ValueError(

@@ -146,11 +146,13 @@ def reestimate(
 
 
 def _layers(model: nnx.Module) -> dict[str, Any]:
-    """Returns the layers that track statistics, each once, by their paths."""
+    """Returns the layers that track statistics and are not frozen, by their paths."""
     return {
         "/".join(map(str, path)) or type(node).__name__: node
         for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Module) and as_state(_stats(node)) is not None
+        if isinstance(node, nnx.Module)
+        and not getattr(node, "frozen", False)
+        and as_state(_stats(node)) is not None
     }
 
 

@@ -23,6 +23,8 @@ def _wide(value):
 
 def settings(normalizer):
     """Returns the `BatchNorm` at the heart of a normalizer."""
+    if hasattr(normalizer, "ids"):
+        return settings(normalizer.inner.bn)
     if isinstance(normalizer, jaxbn.GhostBatchNorm):
         return settings(normalizer.inner)
     return normalizer.bn if isinstance(normalizer, jaxbn.BatchRenorm) else normalizer
@@ -34,6 +36,8 @@ def apply(normalizer, params, state, x, training, weights=None, held=None):
     `held` is an x and a state that take the place of the given ones in what no gradient
     flows through, so that finite differences leave it out too.
     """
+    if hasattr(normalizer, "ids"):
+        return by_domain(normalizer, params, state, x, training, weights, held)
     bn = settings(normalizer)
     axes = reduced(x, bn.feature_axes)
     if weights is not None:
@@ -73,7 +77,34 @@ def apply(normalizer, params, state, x, training, weights=None, held=None):
     return y, state
 
 
+def by_domain(placed, params, state, x, training, weights, held):
+    """Returns `(y, state)` of a bank: in each domain, the rows of others weigh nothing."""
+    layer, ids = placed.inner, np.resize(placed.ids, len(x))
+    axes = reduced(x, settings(placed).feature_axes)
+    weights = np.ones(x.shape) if weights is None else align(weights, x, axes)
+    y, states = np.full_like(x, np.nan), []
+    for domain in range(layer.num_domains):
+
+        def own(bank, domain=domain):
+            return {name: None if a is None else a[domain] for name, a in bank.items()}
+
+        mine = align(ids == domain, x, axes)
+        held_own = None if held is None else (held[0], own(held[1]))
+        own_params = own(params) if layer.affine == "separate" else params
+        arrays = own_params, own(state), x, training, weights * mine, held_own
+        result, after = apply(layer.bn, *arrays)
+        y = np.where(mine > 0, result, y)
+        states.append(after)
+    stacked = {
+        name: None if a is None else np.stack([after[name] for after in states])
+        for name, a in states[0].items()
+    }
+    return y, stacked
+
+
 def core(normalizer):
+    if hasattr(normalizer, "ids"):
+        return core(normalizer.inner.bn)
     return normalizer.inner if isinstance(normalizer, jaxbn.GhostBatchNorm) else normalizer
 
 

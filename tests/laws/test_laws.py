@@ -12,6 +12,7 @@ import pytest
 import jaxbn
 from tests.laws import oracle
 from tests.laws.modes import MODES
+from tests.laws.placed import Placed
 
 # Each normalizer with the shape of one batch and the shape of its weights, or None.
 CASES = {
@@ -61,6 +62,20 @@ CASES = {
         (6, 2, 2),
         None,
     ),
+    "domains": (
+        Placed(
+            jaxbn.DomainBatchNorm(
+                jaxbn.GhostBatchNorm(
+                    jaxbn.BatchRenorm(jaxbn.BatchNorm(feature_axes=1)), 3, layout="strided"
+                ),
+                2,
+                affine="separate",
+            ),
+            (1, 0),
+        ),
+        (6, 2, 3),
+        (6, 3),
+    ),
 }
 STEPS = 3
 
@@ -94,9 +109,12 @@ def start(normalizer, shape):
     axes = oracle.reduced(np.zeros(shape), oracle.settings(normalizer).feature_axes)
     features = tuple(int(size) for size in np.delete(shape, axes))
     params, state = normalizer.init(features if len(features) > 1 else features[0])
-    count = int(np.prod(features))
-    moved = np.linspace(0.5, 1.5, count, dtype=np.float32).reshape(features)
-    return jax.tree.map(lambda leaf: leaf + moved.astype(leaf.dtype), params), state
+
+    def moved(leaf):
+        by = np.linspace(0.5, 1.5, leaf.size, dtype=np.float32).reshape(leaf.shape)
+        return leaf + by.astype(leaf.dtype)
+
+    return jax.tree.map(moved, params), state
 
 
 def change(normalizer, **settings):
@@ -284,7 +302,8 @@ def test_rebuilding_an_equal_value_does_not_retrace(case):
         assert rebuilt == normalizer
         assert hash(rebuilt) == hash(normalizer)
         assert pickle.loads(pickle.dumps(rebuilt)) == normalizer
-        assert eval(repr(rebuilt), {"dtype": np.dtype, **vars(jaxbn)}) == normalizer
+        names = {"dtype": np.dtype, "Placed": Placed, **vars(jaxbn)}
+        assert eval(repr(rebuilt), names) == normalizer
         _, state = step(rebuilt, params, state, x)
     assert len(traces) == 1
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from tests.laws.modules import EquinoxBatchNorm, HaikuBatchNorm
+from tests.laws.placed import Placed
 from tests.laws.styles import DEVICES, PLAIN, STYLES, flat, mesh, value_and_gradients
 from tests.laws.test_laws import change
 
@@ -26,6 +27,10 @@ LAYERS = {
     "ghosts": (jaxbn.GhostBatchNorm(jaxbn.BatchNorm(momentum=0.7), 3), (3,)),
     "ghosts_renorm": (
         jaxbn.GhostBatchNorm(jaxbn.BatchRenorm(), 2, layout="strided", tracking="averaged"),
+        (3,),
+    ),
+    "domains": (
+        Placed(jaxbn.DomainBatchNorm(jaxbn.BatchNorm(momentum=0.7), 2), (0, 1, 1)),
         (3,),
     ),
     "equinox": (EquinoxBatchNorm(), (3,)),
