@@ -234,7 +234,7 @@ def test_a_model_in_training_pools_every_application(style):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_passes_in_inference_end_where_inference_begins(style):
-    got = STYLES[style](WEIGHED, train=False, passes=12)
+    got = STYLES[style](WEIGHED, train=False, passes=24)
     # Every norm holds the statistics of what it sees while all norms use what they hold.
     held = {
         name: [np.asarray(layer[key], np.float64) for key in ("mean", "var")]
