@@ -364,6 +364,34 @@ def test_a_pooled_state_leaves_a_checked_shard_map(layer, weighted):
     np.testing.assert_allclose(got.mean, means.mean(0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "means", "want"),
+    [
+        # Two features: one whose pooled variance fits no number of the dtype, one sound.
+        ("float32", [[1e20, 0.0], [-1e20, 4.0]], ([1e20, 2.0], [1.0, 5.0])),
+        ("float16", [[300.0, 0.0], [-300.0, 4.0]], ([300.0, 2.0], [1.0, 5.0])),
+        # 200^2 + 1 fits float16, which the sums on the way to it do not.
+        ("float16", [[200.0, 0.0], [-200.0, 4.0]], ([0.0, 2.0], [40001.0, 5.0])),
+        # What a replica has lost is that of the others.
+        ("float32", [[np.inf, 0.0], [3.0, 4.0]], ([3.0, 2.0], [1.0, 5.0])),
+    ],
+)
+def test_a_pooled_feature_that_does_not_fit_keeps_the_first_state(dtype, means, want):
+    mean = jnp.asarray(means, dtype)
+    states = jaxbn.BatchStats(mean, jnp.ones_like(mean))
+    pooled = jax.vmap(lambda s: jaxbn.sync_state(s, "d"), axis_name="d")(states)
+    for got, wanted in zip(pooled[:2], want, strict=True):
+        assert got.dtype == dtype
+        wanted = np.broadcast_to(np.asarray(wanted, dtype), got.shape)
+        np.testing.assert_array_equal(got, wanted)
+    groups = ((1, 0), (2, 3))
+    run = lambda s: jaxbn.sync_state(s, "d", axis_index_groups=groups)
+    four = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), states)
+    grouped = jax.vmap(run, axis_name="d")(four).mean
+    first = np.where(want[0][0] == means[0][0], means[1][0], want[0][0])
+    np.testing.assert_array_equal(grouped[0, 0], np.asarray(first, dtype))
+
+
 def test_replicas_of_batch_renormalization_pool_their_deviations():
     layer = jaxbn.BatchRenorm(jaxbn.BatchNorm(momentum=0.0), momentum=0.0)
     params, state = layer.init(3)
