@@ -82,7 +82,8 @@ def sync_state(
     count = jnp.where(total > 0, count, jnp.ones_like(count))
 
     def pool(mean: Array, var: Array) -> Pair:
-        moments = Moments(*(jnp.where(count > 0, a, 0) for a in (mean, var)), count)
+        mean, var = (jnp.where(count > 0, array, 0) for array in (mean, var))
+        moments = Moments(mean, var, count)
         return sync_moments(moments, axis_name, axis_index_groups=groups)[:2]
 
     def of_the_first(leaf: Array) -> Array:

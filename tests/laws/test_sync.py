@@ -267,6 +267,35 @@ def test_a_traced_mode_inside_shard_map():
         np.testing.assert_allclose(after.var, stats.var, rtol=1e-5)
 
 
+@pytest.mark.parametrize("state_varies", [False, True])
+def test_an_activation_with_constants_inside_shard_map(state_varies):
+    def halved_twice(y):
+        return jax.lax.scan(lambda y, _: (0.5 * y + 1, None), y, None, length=2)[0]
+
+    layer = jaxbn.BatchNorm(axis_name="d", activation=halved_twice)
+    params, state = layer.init(3)
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * DEVICES), state)
+    x = draw("full", (3,))[0].reshape(-1, 3)
+
+    def loss(x, state):
+        state = jax.tree.map(lambda leaf: leaf[0], state)
+        y = layer.apply(params, state, x, training=not state_varies)[0]
+        return jax.lax.pmean((y**2).mean(), "d")
+
+    in_specs = P("d"), P("d") if state_varies else P()
+    run = jax.shard_map(loss, mesh=mesh(), in_specs=in_specs, out_specs=P())
+    got, slope = jax.jit(jax.value_and_grad(run))(x, state)
+
+    def alone(x):
+        bn = jaxbn.BatchNorm()
+        y = bn.apply(*bn.init(3), x, training=not state_varies)[0]
+        return ((0.25 * y + 1.5) ** 2).mean()
+
+    want, want_slope = jax.value_and_grad(alone)(x)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(slope, want_slope, rtol=1e-4, atol=1e-7)
+
+
 def test_ghost_batches_span_devices():
     layer = jaxbn.GhostBatchNorm(jaxbn.BatchNorm(axis_name="d", momentum=0.5), 3)
     x, _, _ = draw("full", (3,))
