@@ -68,11 +68,9 @@ def apply(normalizer, params, state, x, training, weights=None, held=None, adjus
     state = tracked(normalizer, state, *(np.squeeze(m, axes) for m in batch))
     if isinstance(normalizer, convert.EmaBatchNorm):
         # It normalizes with what it tracks, of which the batch is a part.
-        parts = [
-            tuple(np.expand_dims(state[n], axes) for n in ("mean", "var")) + parts[0][2:]
-        ]
-        sound = np.isfinite(batch[0]) & np.isfinite(batch[1])
-        parts = [tuple(np.where(sound | (batch[2] == 0), m, np.nan) for m in parts[0])]
+        sound = (batch[2] == 0) | np.isfinite(batch[0]) & np.isfinite(batch[1])
+        after = (np.expand_dims(state[name], axes) for name in ("mean", "var"))
+        parts = [(*(np.where(sound, m, np.nan) for m in after), batch[2])]
     if adjustment is not None:
         s, o = (np.expand_dims(np.asarray(a, np.float64), axes) for a in adjustment)
         r, d = r * s, d * s + o

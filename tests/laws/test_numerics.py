@@ -108,6 +108,14 @@ def test_nothing_to_average_falls_back_on_the_running_statistics(training, optio
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
+@pytest.mark.parametrize("option", [{"debias": True}, {"momentum": None}, {"momentum": 0}])
+def test_a_first_batch_replaces_the_initial_state_exactly(option):
+    x = np.float32([[-1.0847012, 1e-6], [-1.1018803, 0.0]])
+    bn = jaxbn.BatchNorm(**option)
+    _, state = bn.apply(*bn.init(2), jnp.asarray(x), True)
+    np.testing.assert_allclose(state.var, x.astype(float).var(0), rtol=1e-5)
+
+
 def test_one_row_gives_the_bias_and_no_gradient():
     bn = jaxbn.BatchNorm()
     params, state = bn.init(3)
