@@ -158,3 +158,15 @@ def test_a_float16_state_is_widened_and_does_not_stall(debias):
     np.testing.assert_allclose(state["moving_mean"], want, rtol=1e-4)
     np.testing.assert_allclose(state["moving_variance"], 0.999**300, rtol=1e-4)
     assert layer.apply(params, state, x, training=False)[0].dtype == jnp.float16
+
+
+def test_newer_and_older_spellings_are_taken():
+    x = jnp.arange(6.0).reshape(3, 2)
+    for function in (tf1.moments, tf1.sufficient_statistics):
+        old, new = function(x, [0], keep_dims=True), function(x, [0], keepdims=True)
+        assert old[1].shape == new[1].shape == (1, 2)
+        with pytest.raises(ValueError, match="two spellings of one argument"):
+            function(x, [0], keep_dims=True, keepdims=True)
+    key = jax.random.key(0)
+    a = tf1.dropout(key, x, 0.5, None, 7, "drop")
+    np.testing.assert_array_equal(a, tf1.dropout(key, x, rate=0.5))
