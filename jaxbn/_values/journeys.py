@@ -10,7 +10,7 @@ import functools
 import pkgutil
 import sys
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -100,9 +100,10 @@ def as_function(name: str, function: Any) -> Any:
         )
     if type(function) is not functools.partial:
         return function
-    words = sorted(function.keywords.items())
-    values = *function.args, *(value for _, value in words)
-    key = function.func, len(function.args), tuple(name for name, _ in words), values
+    partial = cast("functools.partial[Any]", function)
+    words = sorted(partial.keywords.items())
+    values = *partial.args, *(value for _, value in words)
+    key = partial.func, len(partial.args), tuple(word for word, _ in words), values
     try:
         # By type too: 1, 1.0 and True are equal, and do not compute the same.
         return _PARTIALS.setdefault((key, tuple(map(type, values))), function)
