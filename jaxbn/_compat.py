@@ -58,6 +58,17 @@ def cast_to_varying(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def traced_kind(x: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
+    """Returns the type of an array like `x` of another dtype, to trace a function for."""
+    kind = jax.typeof(x)
+    options: Any = {}
+    if varying_axes(x) and hasattr(kind, "manual_axis_type"):
+        options = {"manual_axis_type": kind.manual_axis_type, "sharding": kind.sharding}
+    elif varying_axes(x):  # before JAX 0.10
+        options = {"vma": varying_axes(x)}
+    return jax.ShapeDtypeStruct(x.shape, dtype, **options)
+
+
 def enable_x64() -> Any:
     """Returns the context manager in which JAX computes in float64."""
     if hasattr(jax, "enable_x64"):

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._compat import cast_to_varying, is_traced, varying_axes, varying_axes_of
+from jaxbn._compat import (
+    cast_to_varying,
+    is_traced,
+    traced_kind,
+    varying_axes,
+    varying_axes_of,
+)
 from jaxbn._typing import Array
 
 Tree = TypeVar("Tree")
@@ -31,6 +37,24 @@ def vary_together(tree: Tree) -> Tree:
 def vary_alike(x: Array, other: Any) -> Array:
     """Returns `x` typed as varying over what `other`, or its type, varies over too."""
     return vary_over(x, varying_axes(other))
+
+
+def closed(
+    function: Callable[[Array], Array], x: Array, dtype: Any, others: Any
+) -> tuple[Callable[..., Array], list[Any]]:
+    """Returns a `function` of arrays like `x`, of `dtype`, and what it has captured.
+
+    The returned function takes that too, so that it can be differentiated. Its argument may
+    vary over what any of `others` does: constants within must be typed so.
+    """
+    every = [varying_axes(leaf) for leaf in jax.tree.leaves((x, others))]
+    axes = frozenset().union(*every)
+    converted, captured = jax.closure_convert(
+        function, traced_kind(vary_over(x, axes), dtype)
+    )
+    if not axes:
+        return converted, captured
+    return lambda y, *captured: converted(vary_over(y, axes), *captured), captured
 
 
 def reshard_like(x: Array, other: Array) -> Array:

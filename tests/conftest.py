@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 
@@ -13,6 +14,17 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# `--hypothesis-profile=drawn` or `nightly` is for the tests marked `drawn`.
+_common = {"deadline": None, "database": None, "print_blob": True}
+_slow = {**_common, "suppress_health_check": list(hypothesis.HealthCheck)}
+for _name, _settings in {
+    "jaxbn": {"max_examples": 25, "derandomize": True, "deadline": None},
+    "drawn": {"max_examples": 2_000, **_slow},
+    "nightly": {"max_examples": 10_000, **_slow},
+}.items():
+    hypothesis.settings.register_profile(_name, **_settings)
+hypothesis.settings.load_profile("jaxbn")
 
 
 def pytest_addoption(parser):

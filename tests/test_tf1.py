@@ -138,3 +138,35 @@ def test_a_traced_flag_gives_what_two_static_programs_give(rank):
         got = traced(jnp.array(training))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
     assert traced._cache_size() == 1
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_a_float16_state_is_widened_and_does_not_stall(debias):
+    layer = tf1.batch_norm(
+        decay=0.999, batch_weights=jnp.ones((64, 1)), zero_debias_moving_mean=debias
+    )
+    params, state = layer.init((64, 2), jnp.float16)
+    assert {leaf.dtype.name for leaf in params.values()} == {"float16"}
+    assert {leaf.dtype.name for leaf in state.values()} == {"float32"}
+    # A checkpoint of TensorFlow's holds float16.
+    state = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), state)
+    x = jnp.full((64, 2), 5, jnp.float16)
+    step = jax.jit(lambda state: layer.apply(params, state, x, training=True)[1])
+    for _ in range(300):
+        state = step(state)
+    want = 5.0 if debias else 5 * (1 - 0.999**300)
+    np.testing.assert_allclose(state["moving_mean"], want, rtol=1e-4)
+    np.testing.assert_allclose(state["moving_variance"], 0.999**300, rtol=1e-4)
+    assert layer.apply(params, state, x, training=False)[0].dtype == jnp.float16
+
+
+def test_newer_and_older_spellings_are_taken():
+    x = jnp.arange(6.0).reshape(3, 2)
+    for function in (tf1.moments, tf1.sufficient_statistics):
+        old, new = function(x, [0], keep_dims=True), function(x, [0], keepdims=True)
+        assert old[1].shape == new[1].shape == (1, 2)
+        with pytest.raises(ValueError, match="two spellings of one argument"):
+            function(x, [0], keep_dims=True, keepdims=True)
+    key = jax.random.key(0)
+    a = tf1.dropout(key, x, 0.5, None, 7, "drop")
+    np.testing.assert_array_equal(a, tf1.dropout(key, x, rate=0.5))

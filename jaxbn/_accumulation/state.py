@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._compat import exported
+from jaxbn._dtypes import widened
 from jaxbn._state import is_stats
 from jaxbn._statistics.moments import Moments
 from jaxbn._typing import PyTree
@@ -75,7 +76,9 @@ def gather(states: PyTree) -> PyTree:
     def begin(state: Any) -> Any:
         if not is_state(state):
             return state
-        zeros = (jnp.zeros_like(array) for array in (state.mean, state.var, state.var))
+        # Sums are float32 or wider, also those of a state that is not.
+        kinds = widened((state.mean, state.var, state.var))
+        zeros = map(jnp.zeros_like, kinds)
         # A copy, since a donated state must not hold one buffer twice.
         return Gathered(state, jax.tree.map(jnp.copy, state), Moments(*zeros))
 

@@ -30,7 +30,7 @@ from jaxbn._typing import (
     PairLike,
 )
 from jaxbn._values.canonical import as_flag, as_number
-from jaxbn._values.journeys import Value
+from jaxbn._values.journeys import Value, as_function
 
 
 @jax.tree_util.register_static
@@ -112,6 +112,7 @@ class BatchNorm(Value, Normalizer[BatchNormParams, BatchStats]):
             "epsilon": check_epsilon(self.epsilon),
             "ddof": check_ddof(self.ddof),
             "axis_index_groups": as_groups(self.axis_name, self.axis_index_groups),
+            "activation": as_function("activation", self.activation),
             "dtype": as_dtype(self.dtype),
             "param_dtype": as_dtype(self.param_dtype),
         }
@@ -119,11 +120,6 @@ class BatchNorm(Value, Normalizer[BatchNormParams, BatchStats]):
         settled |= {n: as_flag(f"BatchNorm.{n}", getattr(self, n)) for n in flags}
         for name, value in settled.items():
             object.__setattr__(self, name, value)
-        if self.activation is not None and not callable(self.activation):
-            raise TypeError(
-                f"activation must be a function of an array, got {self.activation!r}. Pass "
-                "jax.nn.relu or the like, or None."
-            )
         if self.debias and self.momentum is None:
             raise ValueError(
                 "debias=True needs a momentum, got momentum=None, whose cumulative mean "

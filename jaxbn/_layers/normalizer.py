@@ -232,7 +232,8 @@ def _apply(
         if explicit:
             everything = given, weights, residual, frozen
             given, weights, residual, frozen = split_like(x, everything, axes)
-        plan, captured = plan_of(layer, training, axes, shape, x, weights, given)
+        others = residual, flag
+        plan, captured = plan_of(layer, training, axes, shape, x, weights, given, others)
         seen = x if weights is None else hide_unweighted(x, weights)
         if shape is None:
             given = jax.tree.map(lambda a: expand(a, axes) if a.ndim < x.ndim else a, given)

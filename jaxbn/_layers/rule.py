@@ -17,9 +17,8 @@ from jaxbn._kernels.accelerator import Map, divisor
 from jaxbn._kernels.affine_map import affine_map, affine_map_tangent
 from jaxbn._kernels.operation import computed_apart
 from jaxbn._kernels.reduction import ExactMoments, exact_moments, moments_tangent
-from jaxbn._layers.bank import Bank
 from jaxbn._layers.ghost_batches import GhostBatches
-from jaxbn._sharding import where_alike, zeros_like_result
+from jaxbn._sharding import closed, where_alike, zeros_like_result
 from jaxbn._statistics.sync import sum_over_devices, sync_exact
 from jaxbn._typing import Activation, Array, DTypeLike, Pair
 
@@ -45,7 +44,7 @@ class Given(NamedTuple):
     adjustment: Pair | None
 
 
-def plan_of(layer, training, axes, shape, x, weights, given) -> tuple[Plan, Any]:
+def plan_of(layer, training, axes, shape, x, weights, given, others) -> tuple[Plan, Any]:
     """Returns the static part of an application, and what its activation has captured."""
     wide = widest(upcast(x).dtype, *(a.dtype for a in jax.tree.leaves(given)))
     dtype = layer.dtype
@@ -59,7 +58,7 @@ def plan_of(layer, training, axes, shape, x, weights, given) -> tuple[Plan, Any]
     fused = layer.activation if plain or relu else None
     if fused is not None and not relu:
         # What it captured, such as the slope of a parametric ReLU, may be differentiated.
-        fused, captured = jax.closure_convert(fused, jax.ShapeDtypeStruct(x.shape, wide))
+        fused, captured = closed(fused, x, wide, (weights, given, others))
     certain = weights is None and layer.bank is None
     certain = certain and all(isinstance(n, int) and n > 0 for n in x.shape)
     plan = Plan(layer, axes, training, ghosts, certain, fused, wide, dtype)
@@ -162,8 +161,9 @@ def line_of(
     mean, var = given.running
     pairs, rest, layer = [], None, plan.layer
     if batch is not None:
-        bank: Bank | None = layer.bank
-        own = batch if bank is None else bank.spread(batch, correcting[1])
+        # With an infinite variance y would be the bias alone, and hide that sums overflow.
+        batch = batch._replace(var=jnp.where(batch.var < jnp.inf, batch.var, jnp.nan))
+        own = batch if layer.bank is None else layer.bank.spread(batch, correcting[1])
         seen = None if plan.certain else own.count > 0
         seen = flag if seen is None else seen if flag is None else seen & flag
         if seen is None:

@@ -5,10 +5,13 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from jaxbn._dtypes import widened
 from jaxbn._state import RunningStats, is_stats
 from jaxbn._statistics.moments import Moments
 from jaxbn._statistics.named_axes import as_groups, check_axis
+from jaxbn._statistics.running import stored
 from jaxbn._statistics.sync import sum_over_devices, sync_moments
 from jaxbn._typing import Array, AxisGroups, AxisName, Pair, PyTree
 from jaxbn._values.canonical import known
@@ -41,7 +44,9 @@ def sync_state(
 
     Returns:
         A state like `state`, which may leave a `shard_map` as replicated. Where all weights
-        are 0, all replicas count alike.
+        are 0, all replicas count alike. Sums are float32 or wider. A feature that is not
+        finite on a replica is pooled from the others; where the pooled statistics are no
+        finite numbers of the dtype of the state, it keeps that of the first replica.
 
     Raises:
         NameError: There is no such axis here.
@@ -67,17 +72,26 @@ def sync_state(
         )
     groups = as_groups(axis_name, axis_index_groups)
     check_axis(axis_name, groups)
-    count = _as_count(weight, state.var)
+    wide = widened(state)
+    count = _as_count(weight, wide.var)
+    for leaf in jax.tree.leaves(wide):
+        count = jnp.where(jnp.isfinite(leaf), count, 0)
     (total,) = sum_over_devices((count,), axis_name, groups)
     # Not the state of each device, by which replicas would stay apart: a checked shard_map
     # lets out what is a sum over devices, and nothing else.
     count = jnp.where(total > 0, count, jnp.ones_like(count))
 
     def pool(mean: Array, var: Array) -> Pair:
+        mean, var = (jnp.where(count > 0, array, 0) for array in (mean, var))
         moments = Moments(mean, var, count)
         return sync_moments(moments, axis_name, axis_index_groups=groups)[:2]
 
-    return state.pooled(pool)
+    def of_the_first(leaf: Array) -> Array:
+        heads = jnp.array([0] if groups is None else [group[0] for group in groups])
+        mine = jnp.where((lax.axis_index(axis_name) == heads).any(), leaf, 0)
+        return sum_over_devices((mine,), axis_name, groups)[0]
+
+    return stored(jax.tree.map(of_the_first, state), wide.pooled(pool), jnp.ones(()))
 
 
 def _as_count(weight: float | Array, like: Array) -> Array:

@@ -151,8 +151,12 @@ def like_state(batch: Moments, mean: Array) -> Moments:
 def moved(old: Array, new: Array, rate: float | Array) -> Array:
     """Returns `old` moved toward `new` by `rate`, in the wider of their dtypes."""
     wide = widest(old.dtype, new.dtype)
-    old = old.astype(wide)
-    return old + jnp.asarray(rate).astype(wide) * (new.astype(wide) - old)
+    old, new = old.astype(wide), new.astype(wide)
+    if isinstance(rate, int | float):
+        return new if rate == 1 else old + jnp.asarray(rate).astype(wide) * (new - old)
+    # A first batch that replaces an initial 1 shall not be rounded to the digits of 1.
+    rate = rate.astype(wide)
+    return jnp.where(rate < 1, old + rate * (new - old), new)
 
 
 def stored(state: State, after: State, count: Array) -> State:

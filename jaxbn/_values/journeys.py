@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import pkgutil
 import sys
-from typing import Any
+import weakref
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -69,11 +70,49 @@ class _Named:
     def __init__(self, name: str):
         self.name = name
 
-    def __call__(self) -> None:
-        """Nothing: `functools.partial` holds what can be called."""
-
     def __reduce__(self) -> Any:
         return pkgutil.resolve_name, (self.name,)
+
+
+class _Partial:
+    """Stands for a partial in a pickle, and becomes the one of all equal partials."""
+
+    def __init__(self, function: Any, args: Any, keywords: Any):
+        self.parts = function, args, keywords
+
+    def __reduce__(self) -> Any:
+        return _partial, self.parts
+
+
+_PARTIALS: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+
+
+def as_function(name: str, function: Any) -> Any:
+    """Returns a function or None as it is, but equal partials as one object.
+
+    Python compares partials by identity, so layers of equal settings would be unequal and
+    be compiled again. Partials of arrays, which have no hash, stay apart.
+    """
+    if function is not None and not callable(function):
+        raise TypeError(
+            f"{name} must be a function of an array, got {function!r}. Pass "
+            "jax.nn.relu or the like, or None."
+        )
+    if type(function) is not functools.partial:
+        return function
+    partial = cast("functools.partial[Any]", function)
+    words = sorted(partial.keywords.items())
+    values = *partial.args, *(value for _, value in words)
+    key = partial.func, len(partial.args), tuple(word for word, _ in words), values
+    try:
+        # By type too: 1, 1.0 and True are equal, and do not compute the same.
+        return _PARTIALS.setdefault((key, tuple(map(type, values))), function)
+    except TypeError:
+        return function
+
+
+def _partial(function: Any, args: Any, keywords: Any) -> Any:
+    return as_function("", functools.partial(function, *args, **keywords))
 
 
 def _by_name(state: Any) -> Any:
@@ -82,8 +121,7 @@ def _by_name(state: Any) -> Any:
     if type(state) in (list, tuple):
         return type(state)(map(_by_name, state))
     if type(state) is functools.partial:
-        words = _by_name(state.keywords)
-        return functools.partial(_by_name(state.func), *_by_name(state.args), **words)
+        return _Partial(*map(_by_name, (state.func, state.args, state.keywords)))
     name = name_of(state)
     return state if name is None else _Named(name)
 
@@ -110,6 +148,10 @@ def name_of(function: Any) -> str | None:
 def _word(value: Any) -> str:
     if isinstance(value, np.dtype):
         return repr(value.name)
+    if type(value) is functools.partial:
+        words = [_word(value.func), *map(_word, value.args)]
+        words += [f"{key}={_word(word)}" for key, word in value.keywords.items()]
+        return f"functools.partial({', '.join(words)})"
     name = name_of(value)
     return repr(value) if name is None else name.replace(":", ".")
 

@@ -15,7 +15,8 @@ def dropout(
     x: ArrayLike,
     keep_prob: float | Array | None = None,
     noise_shape: Sequence[int | None] | None = None,
-    *,
+    seed: object = None,
+    name: str | None = None,
     rate: float | Array | None = None,
 ) -> Array:
     """`tf.nn.dropout`: drops elements at random, and divides the others by keep_prob.
@@ -29,6 +30,8 @@ def dropout(
         keep_prob: The probability in (0, 1] of an element to be kept; may be traced.
         noise_shape: The shape of the random mask, 1 along the axes that are kept or
             dropped as a whole and that of x, or None, elsewhere.
+        seed: No effect: the key decides what is dropped.
+        name: No effect: it named operations of the graph.
         rate: 1 - keep_prob, the newer spelling; give exactly one of the two.
 
     Returns:

@@ -66,7 +66,7 @@ class ShapedLayer(NamedTuple):
         normalizer: What the core uses.
         features: The shape of the core's arrays.
         shape: That of TensorFlow's variables.
-        dtype: Their dtype.
+        dtype: Their dtype; that of a state is at least float32.
     """
 
     implementation: Implementation

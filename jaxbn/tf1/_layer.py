@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbn._dtypes import as_dtype, as_float, widened
+from jaxbn._dtypes import as_dtype, as_float, at_least_float32, widened
 from jaxbn._layers.checks import split_mode
 from jaxbn._layers.renorm_limits import RenormLimits
 from jaxbn._norm_names import TENSORFLOW
@@ -84,8 +84,9 @@ class Layer(Value):
 
         Returns:
             `(params, state)`: dicts under TensorFlow's names, in its shapes and dtypes, so
-            that the arrays of a checkpoint can be put in their place. A layer made with a
-            constant is_training=False has no variables for zero debiasing.
+            that the arrays of a checkpoint can be put in their place; but a state that
+            TensorFlow kept in float16 is float32, as its averages would stall. A layer made
+            with a constant is_training=False has no variables for zero debiasing.
 
         Raises:
             TypeError: The dtype is not floating, or is one that TensorFlow refused; an
@@ -101,10 +102,14 @@ class Layer(Value):
             if (initializer := self.initializers.get(name)) is not None
         }
         fields = shaped.normalizer.init(shaped.features, key=key, **initializers)
-        params, state = (to_variables(part, shaped.shape, shaped.dtype) for part in fields)
+        kinds = shaped.dtype, at_least_float32(shaped.dtype)
+        params, state = (
+            to_variables(part, shaped.shape, kind)
+            for part, kind in zip(fields, kinds, strict=True)
+        )
         if self._debiases(self.training):
-            state[BIASED] = jnp.zeros(shaped.shape, shaped.dtype)
-            state[LOCAL_STEP] = jnp.zeros((), shaped.dtype)
+            state[BIASED] = jnp.zeros(shaped.shape, kinds[1])
+            state[LOCAL_STEP] = jnp.zeros((), kinds[1])
         return params, state
 
     def apply(
@@ -127,7 +132,8 @@ class Layer(Value):
                 that of the layer.
 
         Returns:
-            `(y, state)`: an array of the shape and dtype of x, and a dict like `state`.
+            `(y, state)`: an array of the shape and dtype of x, and a dict like `state`,
+            which training widens to float32 where it holds less.
 
         Raises:
             TypeError: x is not floating, or of a dtype that TensorFlow refused; training is
@@ -141,6 +147,7 @@ class Layer(Value):
         shaped = self.settings.for_inputs(x.shape, x.dtype)
         self.settings.check_batch(x.shape)
         debiases = self._debiases(training)
+        state = state if mode is False else widened(state)
         check_variables("params", params, self.settings.params_shapes(shaped))
         check_variables("state", state, self.settings.state_shapes(shaped, state, debiases))
 
@@ -149,18 +156,18 @@ class Layer(Value):
         if debiases:
             # Training updates the biased average; inference reads the debiased one.
             stats = stats._replace(mean=jnp.where(training, state[BIASED], stats.mean))
-        before, stats = stats, widened(stats)
-        trained = to_fields(BatchNormParams, params, shaped.features)
+        before, trained = stats, to_fields(BatchNormParams, params, shaped.features)
         options = self._options(shaped, x, mode)
         y, stats = shaped.normalizer.apply(trained, stats, x, training, **options)
         y = y if self.activation_fn is None else self.activation_fn(y)
         if mode is False or (shaped.implementation.layer_class and not self.trainable):
             return y, state
-        if shaped.dtype != stats.var.dtype:
+        dtype = at_least_float32(shaped.dtype)
+        if dtype != stats.var.dtype:
             # Legacy variables have the dtype of the inputs, which may hold less.
-            kept = jax.tree.map(lambda a: a.astype(shaped.dtype), before)
+            kept = jax.tree.map(lambda a: a.astype(dtype), before)
             stats = stored(kept, stats, jnp.ones_like(stats.var))
-        updated = {**state, **to_variables(stats, shaped.shape, shaped.dtype)}
+        updated = {**state, **to_variables(stats, shaped.shape, dtype)}
         return y, self._debiased(state, updated, training) if debiases else updated
 
     def run_updates(

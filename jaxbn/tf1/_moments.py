@@ -17,7 +17,8 @@ def moments(
     axes: ReducedAxes,
     shift: ArrayLike | None = None,
     name: str | None = None,
-    keep_dims: bool = False,
+    keep_dims: bool | None = None,
+    keepdims: bool | None = None,
 ) -> tuple[Array, Array]:
     """`tf.nn.moments`: the mean and the biased variance of `x` over `axes`.
 
@@ -27,14 +28,15 @@ def moments(
         shift: No effect, as in TensorFlow 1.15. The variance is taken around the mean, so
             that a shift has nothing to improve.
         name: No effect: it named operations of the graph.
-        keep_dims: Whether the results keep the axes, with size 1.
+        keep_dims: Whether the results keep the axes, with size 1; False if not given.
+        keepdims: The newer spelling; give at most one of the two.
 
     Returns:
         `(mean, variance)` in the dtype of x, computed at least in float32.
 
     Raises:
         TypeError: x is not floating; axes are not ints.
-        ValueError: An axis is out of range or named twice.
+        ValueError: An axis is out of range or named twice; both spellings are given.
 
     Example:
         >>> import jax.numpy as jnp
@@ -43,7 +45,7 @@ def moments(
         >>> print(mean, variance)
         [2.] [1.]
     """
-    return _moments(as_float(x), None, axes, keep_dims)
+    return _moments(as_float(x), None, axes, _kept(keep_dims, keepdims))
 
 
 def weighted_moments(
@@ -51,7 +53,8 @@ def weighted_moments(
     axes: ReducedAxes,
     frequency_weights: ArrayLike,
     name: str | None = None,
-    keep_dims: bool = False,
+    keep_dims: bool | None = None,
+    keepdims: bool | None = None,
 ) -> tuple[Array, Array]:
     """`tf.nn.weighted_moments`: the mean and the variance of `x` under weights.
 
@@ -62,7 +65,8 @@ def weighted_moments(
         axes: The axis or axes to average over.
         frequency_weights: Non-negative; broadcast against x. Only their ratios matter.
         name: No effect: it named operations of the graph.
-        keep_dims: Whether the results keep the axes, with size 1.
+        keep_dims: Whether the results keep the axes, with size 1; False if not given.
+        keepdims: The newer spelling; give at most one of the two.
 
     Returns:
         `(mean, variance)` in the dtype of x, computed at least in float32.
@@ -70,7 +74,7 @@ def weighted_moments(
     Raises:
         TypeError: x is not floating; axes are not ints.
         ValueError: An axis is out of range or named twice; a weight is negative, or the
-            weights do not broadcast.
+            weights do not broadcast; both spellings are given.
 
     Example:
         >>> import jax.numpy as jnp
@@ -81,7 +85,16 @@ def weighted_moments(
     """
     x, weights = as_float(x), jnp.asarray(frequency_weights)
     x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, weights.shape))
-    return _moments(x, of_rank(weights, x.ndim), axes, keep_dims)
+    return _moments(x, of_rank(weights, x.ndim), axes, _kept(keep_dims, keepdims))
+
+
+def _kept(keep_dims: bool | None, keepdims: bool | None) -> bool:
+    if keep_dims is not None and keepdims is not None:
+        raise ValueError(
+            f"keep_dims={keep_dims} and keepdims={keepdims} are two spellings of one "
+            "argument. Give one."
+        )
+    return bool(keep_dims or keepdims)
 
 
 def _moments(
@@ -99,8 +112,9 @@ def sufficient_statistics(
     x: ArrayLike,
     axes: ReducedAxes,
     shift: ArrayLike | None = None,
-    keep_dims: bool = False,
+    keep_dims: bool | None = None,
     name: str | None = None,
+    keepdims: bool | None = None,
 ) -> tuple[Array, Array, Array, Array | None]:
     """`tf.nn.sufficient_statistics`: the count and the sums that moments follow from.
 
@@ -111,8 +125,9 @@ def sufficient_statistics(
         x: Floating, of any shape.
         axes: The axis or axes to sum over.
         shift: Subtracted from x first; broadcast against x. None for 0.
-        keep_dims: Whether the sums keep the axes, with size 1.
+        keep_dims: Whether the sums keep the axes, with size 1; False if not given.
         name: No effect: it named operations of the graph.
+        keepdims: The newer spelling of keep_dims; give at most one of the two.
 
     Returns:
         `(count, mean_ss, var_ss, shift)`: the number of elements of each sum, the sums of
@@ -120,7 +135,7 @@ def sufficient_statistics(
 
     Raises:
         TypeError: x is not floating; axes are not ints.
-        ValueError: An axis is out of range or named twice.
+        ValueError: An axis is out of range or named twice; both spellings are given.
 
     Example:
         >>> import jax.numpy as jnp
@@ -129,14 +144,14 @@ def sufficient_statistics(
         >>> print(*tf1.sufficient_statistics(x, [0]))
         2.0 [4.] [10.] None
     """
-    x = as_float(x)
+    x, kept = as_float(x), _kept(keep_dims, keepdims)
     axes = axes_to_reduce(axes, x.ndim)
     count = jnp.asarray(math.prod(x.shape[axis] for axis in axes), x.dtype)
     if shift is not None:
         shift = jnp.asarray(shift).astype(x.dtype)
         x = x - of_rank(shift, x.ndim)
-    mean_ss = jnp.sum(x, axes, keepdims=keep_dims)
-    return count, mean_ss, jnp.sum(jnp.square(x), axes, keepdims=keep_dims), shift
+    mean_ss = jnp.sum(x, axes, keepdims=kept)
+    return count, mean_ss, jnp.sum(jnp.square(x), axes, keepdims=kept), shift
 
 
 def normalize_moments(

@@ -14,7 +14,8 @@ class Traced:
         self.shapes = []
 
         def traced(training, *arguments):
-            self.shapes.append([np.shape(leaf) for leaf in jax.tree.leaves(arguments)])
+            leaves = jax.tree.leaves(arguments)
+            self.shapes.append([(np.shape(leaf), np.dtype(leaf)) for leaf in leaves])
             return function(training, *arguments)
 
         self._jitted = jax.jit(traced, static_argnums=() if placeholder else 0)

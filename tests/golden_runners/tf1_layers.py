@@ -142,7 +142,11 @@ def check_init(case, layer):
     assert set(made) == set(recorded), f"made {sorted(made)}, recorded {sorted(recorded)}"
     for name, value in made.items():
         assert list(value.shape) == recorded[name]["shape"], name
-        assert value.dtype.name == recorded[name]["dtype"], name
+        was = recorded[name]["dtype"]
+        # Averages in float16 stall, so a state is kept wider than TensorFlow did.
+        assert value.dtype.name == (
+            "float32" if name in state and was == "float16" else was
+        )
     for name in constants(case.kwargs) & made.keys():
         key = case.meta["init_state"][name]
         assert_near(made[name], case[key], case.tolerance, f"initial {name}")

@@ -4,9 +4,13 @@ A normalizer is read as a description (its fields), never called. Params and sta
 dicts of float64 arrays.
 """
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 
 import jaxbn
+from jaxbn import convert
 
 
 def tree(values):
@@ -27,10 +31,10 @@ def settings(normalizer):
         return settings(normalizer.inner.bn)
     if isinstance(normalizer, jaxbn.GhostBatchNorm):
         return settings(normalizer.inner)
-    return normalizer.bn if isinstance(normalizer, jaxbn.BatchRenorm) else normalizer
+    return getattr(normalizer, "bn", normalizer)
 
 
-def apply(normalizer, params, state, x, training, weights=None, held=None):
+def apply(normalizer, params, state, x, training, weights=None, held=None, adjustment=None):
     """Returns `(y, state)` of any normalizer of the library.
 
     `held` is an x and a state that take the place of the given ones in what no gradient
@@ -53,7 +57,8 @@ def apply(normalizer, params, state, x, training, weights=None, held=None):
         for rows in groups
     ]
     batch = merge(normalizer, parts)
-    r, d = 1.0, 0.0
+    r: Any = 1.0
+    d: Any = 0.0
     if isinstance(core(normalizer), jaxbn.BatchRenorm):
         held_x, held_state = (x, state) if held is None else held
         held_parts = [
@@ -64,9 +69,15 @@ def apply(normalizer, params, state, x, training, weights=None, held=None):
         ]
         r, d = correction(core(normalizer), held_state, merge(normalizer, held_parts))
         r, d = np.expand_dims(r, axes), np.expand_dims(d, axes)
-        state = track_renorm(core(normalizer), state, *(np.squeeze(m, axes) for m in batch))
-    else:
-        state = track(bn, state, *(np.squeeze(m, axes) for m in batch))
+    state = tracked(normalizer, state, *(np.squeeze(m, axes) for m in batch))
+    if isinstance(normalizer, convert.EmaBatchNorm):
+        # It normalizes with what it tracks, of which the batch is a part.
+        sound = (batch[2] == 0) | np.isfinite(batch[0]) & np.isfinite(batch[1])
+        after = (np.expand_dims(state[name], axes) for name in ("mean", "var"))
+        parts = [(*(np.where(sound, m, np.nan) for m in after), batch[2])]
+    if adjustment is not None:
+        s, o = (np.expand_dims(np.asarray(a, np.float64), axes) for a in adjustment)
+        r, d = r * s, d * s + o
     y = np.empty_like(x)
     for rows, (mean, var, total) in zip(groups, parts, strict=True):
         mean, var = (
@@ -110,7 +121,7 @@ def core(normalizer):
 
 def ghosts(normalizer, rows):
     """Returns the indices of the rows of each ghost batch."""
-    if not isinstance(normalizer, jaxbn.GhostBatchNorm):
+    if not isinstance(normalizer, jaxbn.GhostBatchNorm) or not rows:
         return [np.arange(rows)]
     size = normalizer.virtual_batch_size
     count = rows // size
@@ -142,6 +153,33 @@ def correction(layer, state, batch):
         (mean - state["renorm_mean"]) / scale, -layer.limits.d_max, layer.limits.d_max
     )
     return np.where(total > 0, r, 1), np.where(total > 0, d, 0)
+
+
+def tracked(normalizer, state, mean, var, total):
+    """Returns the running statistics of any normalizer after a batch of these moments."""
+    layer = core(normalizer)
+    if isinstance(layer, jaxbn.BatchRenorm):
+        return track_renorm(layer, state, mean, var, total)
+    if isinstance(layer, convert.EmaBatchNorm):
+        return track_ema(layer.bn, state, mean, var, total)
+    return track(layer, state, mean, var, total)
+
+
+def track_ema(bn, state, mean, var, total):
+    """Returns a plain average that the first batch starts: Equinox's older mode."""
+    plain = track(bn, {**state, "weight": None}, mean, var, total)
+    with np.errstate(invalid="ignore"):
+        first = track(
+            dataclasses.replace(bn, momentum=0.0),
+            {**state, "weight": None},
+            mean,
+            var,
+            total,
+        )
+    started = state["weight"] > 0
+    after = {n: np.where(started, plain[n], first[n]) for n in ("mean", "var")}
+    sound = (total > 0) & np.isfinite(mean) & np.isfinite(var)
+    return {**after, "weight": np.where(sound, 1.0, state["weight"])}
 
 
 def track_renorm(layer, state, mean, var, total):
@@ -189,7 +227,7 @@ def align(weights, x, axes):
     return np.broadcast_to(weights, x.shape)
 
 
-def affine(bn, params, x, mean, var, axes, r=1.0, d=0.0):
+def affine(bn, params, x, mean, var, axes, r: Any = 1.0, d: Any = 0.0):
     y = (x - mean) / np.sqrt(var + bn.epsilon) * r + d
     if params["scale"] is not None:
         y = y * np.expand_dims(params["scale"], axes)
@@ -211,7 +249,8 @@ def track(bn, state, mean, var, total):
     elif weight is not None:
         # The zero-debiased average: the hidden average from 0, over its total weight.
         new_weight = bn.momentum * weight + (1 - bn.momentum)
-        keep = bn.momentum * weight / new_weight
+        some = new_weight > 0
+        keep = np.where(some, bn.momentum * weight / np.where(some, new_weight, 1), 1)
     else:
         new_weight, keep = None, bn.momentum
 

@@ -81,12 +81,13 @@ def test_a_batch_that_is_not_finite_shows_and_leaves_the_state(bad, option):
         assert np.isfinite(np.delete(y, 1, axis=1)).all()
 
 
-def test_a_variance_that_overflows_leaves_the_state():
+def test_a_variance_that_overflows_shows_and_leaves_the_state():
     x = np.array([[1e20, 1.0], [-1e20, 2.0]], np.float32)
     bn = jaxbn.BatchNorm()
     params, before = bn.init(2)
     y, after = bn.apply(params, before, x, True)
-    assert np.isfinite(y).all()
+    assert np.isnan(y[:, 0]).all()
+    assert np.isfinite(y[:, 1]).all()
     assert (after.mean[0], after.var[0]) == (before.mean[0], before.var[0])
     assert after.mean[1] != before.mean[1]
 
@@ -109,6 +110,14 @@ def test_nothing_to_average_falls_back_on_the_running_statistics(training, optio
     y, after = bn.apply(params, state, x[:0], training)
     assert y.shape == (0, 4)
     jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+@pytest.mark.parametrize("option", [{"debias": True}, {"momentum": None}, {"momentum": 0}])
+def test_a_first_batch_replaces_the_initial_state_exactly(option):
+    x = np.float32([[-1.0847012, 1e-6], [-1.1018803, 0.0]])
+    bn = jaxbn.BatchNorm(**option)
+    _, state = bn.apply(*bn.init(2), jnp.asarray(x), True)
+    np.testing.assert_allclose(state.var, x.astype(float).var(0), rtol=1e-5)
 
 
 def test_one_row_gives_the_bias_and_no_gradient():

@@ -12,11 +12,6 @@ import numpy as np
 import jaxbn
 from tests.laws import oracle
 
-hypothesis.settings.register_profile(
-    "jaxbn", deadline=None, max_examples=25, derandomize=True
-)
-hypothesis.settings.load_profile("jaxbn")
-
 # One shape, so that each property compiles once.
 ROWS, FEATURES = 12, 3
 inputs = arrays.arrays(

@@ -275,6 +275,35 @@ def test_a_traced_mode_inside_shard_map():
         np.testing.assert_allclose(after.var, stats.var, rtol=1e-5)
 
 
+@pytest.mark.parametrize("state_varies", [False, True])
+def test_an_activation_with_constants_inside_shard_map(state_varies):
+    def halved_twice(y):
+        return jax.lax.scan(lambda y, _: (0.5 * y + 1, None), y, None, length=2)[0]
+
+    layer = jaxbn.BatchNorm(axis_name="d", activation=halved_twice)
+    params, state = layer.init(3)
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * DEVICES), state)
+    x = draw("full", (3,))[0].reshape(-1, 3)
+
+    def loss(x, state):
+        state = jax.tree.map(lambda leaf: leaf[0], state)
+        y = layer.apply(params, state, x, training=not state_varies)[0]
+        return jax.lax.pmean((y**2).mean(), "d")
+
+    in_specs = P("d"), P("d") if state_varies else P()
+    run = jax.shard_map(loss, mesh=mesh(), in_specs=in_specs, out_specs=P())
+    got, slope = jax.jit(jax.value_and_grad(run))(x, state)
+
+    def alone(x):
+        bn = jaxbn.BatchNorm()
+        y = bn.apply(*bn.init(3), x, training=not state_varies)[0]
+        return ((0.25 * y + 1.5) ** 2).mean()
+
+    want, want_slope = jax.value_and_grad(alone)(x)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(slope, want_slope, rtol=1e-4, atol=1e-7)
+
+
 def test_ghost_batches_span_devices():
     layer = jaxbn.GhostBatchNorm(jaxbn.BatchNorm(axis_name="d", momentum=0.5), 3)
     x, _, _ = draw("full", (3,))
@@ -370,6 +399,34 @@ def test_a_pooled_state_leaves_a_checked_shard_map(layer, weighted):
     alone = jax.vmap(lambda x: layer.apply(params, state, x, True)[1])
     means = alone(x.reshape(DEVICES, -1, 3)).mean
     np.testing.assert_allclose(got.mean, means.mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "means", "want"),
+    [
+        # Two features: one whose pooled variance fits no number of the dtype, one sound.
+        ("float32", [[1e20, 0.0], [-1e20, 4.0]], ([1e20, 2.0], [1.0, 5.0])),
+        ("float16", [[300.0, 0.0], [-300.0, 4.0]], ([300.0, 2.0], [1.0, 5.0])),
+        # 200^2 + 1 fits float16, which the sums on the way to it do not.
+        ("float16", [[200.0, 0.0], [-200.0, 4.0]], ([0.0, 2.0], [40001.0, 5.0])),
+        # What a replica has lost is that of the others.
+        ("float32", [[np.inf, 0.0], [3.0, 4.0]], ([3.0, 2.0], [1.0, 5.0])),
+    ],
+)
+def test_a_pooled_feature_that_does_not_fit_keeps_the_first_state(dtype, means, want):
+    mean = jnp.asarray(means, dtype)
+    states = jaxbn.BatchStats(mean, jnp.ones_like(mean))
+    pooled = jax.vmap(lambda s: jaxbn.sync_state(s, "d"), axis_name="d")(states)
+    for got, wanted in zip(pooled[:2], want, strict=True):
+        assert got.dtype == dtype
+        wanted = np.broadcast_to(np.asarray(wanted, dtype), got.shape)
+        np.testing.assert_array_equal(got, wanted)
+    groups = ((1, 0), (2, 3))
+    run = lambda s: jaxbn.sync_state(s, "d", axis_index_groups=groups)
+    four = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), states)
+    grouped = jax.vmap(run, axis_name="d")(four).mean
+    first = np.where(want[0][0] == means[0][0], means[1][0], want[0][0])
+    np.testing.assert_array_equal(grouped[0, 0], np.asarray(first, dtype))
 
 
 def test_replicas_of_batch_renormalization_pool_their_deviations():

@@ -164,8 +164,8 @@ MUTANTS = [
         ),
         (
             "what the batch lacks is normalized by its statistics all the same",
-            "seen = None if plan.certain else batch.count > 0",
-            "seen = None if plan.certain else batch.count >= 0",
+            "seen = None if plan.certain else own.count > 0",
+            "seen = None if plan.certain else own.count >= 0",
             f"{NUMERICS} -k nothing_to_average",
         ),
         (
