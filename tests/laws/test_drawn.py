@@ -47,11 +47,13 @@ def test_a_draw_is_right_or_one_clear_error(mode):
 
 def check(mode, made):
     with enable_x64() if made.wide else contextlib.nullcontext():
-        unfit = mode == "reestimate" and not fits_a_state(made)
-        if made.mistake is not None or unfit:
+        wrong = made.mistake
+        if wrong is None and mode == "reestimate" and not fits_a_state(made):
+            wrong = "reestimate"
+        if wrong is not None:
             with pytest.raises(Exception) as caught:
                 outcome(mode, made)
-            check_clear(caught.value, made.mistake or "reestimate")
+            check_clear(caught.value, wrong)
             return
         layer, params, ys, states = outcome(mode, made)
         with np.errstate(all="ignore"):
@@ -242,7 +244,11 @@ def check_pooled(mode, layer, made, params, ys, states):
         check_y(layer, made, y, want, inner, x)
     mean, var, count = whole_batch(made, layer.feature_axes)
     if mode == "reestimate":
-        want = {**start, "mean": mean, "var": var}
+        # The means of the batches that are pooled are rounded to those of a state.
+        rounded = 2 * np.sqrt(var) * float(jnp.finfo(before.mean.dtype).eps) * np.abs(mean)
+        off = np.asarray(after.var, float) - var
+        assert (np.abs(off) <= 2e-5 * var + rounded + 2e-9).all(), (after.var, var)
+        want = {**start, "mean": mean, "var": np.asarray(after.var, float)}
         after = after._replace(**{n: getattr(before, n) for n in after._fields[2:]})
     elif made.training in (True, "traced"):
         want = oracle.tracked(as_seen(layer, made)[0], start, mean, var, count)
@@ -256,5 +262,8 @@ def fits_a_state(made):
     with np.errstate(all="ignore"):
         mean, var, count = whole_batch(made, made.settings["feature_axes"])
         wide = jnp.dtype(made.settings["param_dtype"]).itemsize == 8
-        small = np.abs(made.xs.astype(float)).max(initial=0) < (1e150 if wide else 1e18)
+        x = made.xs.astype(float)
+        # What is not finite has no weight, or else the moments are not finite.
+        largest = np.abs(np.where(np.isfinite(x), x, 0)).max(initial=0)
+        small = largest < (1e150 if wide else 1e18)
     return bool(small and np.isfinite(mean + var).all() and (count > 0).all())
