@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -507,6 +508,69 @@ def put_back(name, **changes):
     return found.put_back({name: dataclasses.replace(found.layers["bn1"], **changes)})
 
 
+# A module of Haiku as people make and train it: its settings, its x, the dtypes that it is
+# trained and saved in, its decay, its batches, and the feature axes that it has here.
+B, H = jnp.bfloat16, jnp.float16
+TRAINED = {
+    "channels first": ({"data_format": "NCHW"}, (4, 3, 2, 2), F, F, 0.9, 3, 1),
+    "channels last": ({"data_format": "NHWC"}, (4, 2, 2, 3), F, F, 0.9, 3, -1),
+    "sequences": ({"data_format": "BTD"}, (4, 2, 3), F, F, 0.9, 3, -1),
+    "negative axes": ({"axis": (0, -1, -2)}, (4, 3, 2, 2), F, F, 0.9, 3, (1,)),
+    "slow outside jit": ({}, (4, 3), F, F, 0.999, 30, -1),
+    "trained in bfloat16": ({}, (4, 3), B, B, 0.99, 10, -1),
+    "trained in float16": ({"data_format": "NC..."}, (4, 3, 2), H, H, 0.999, 10, 1),
+    "saved in bfloat16": ({}, (4, 3), F, B, 0.99, 10, -1),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_module_of_haiku_goes_on_as_it_was_trained(name):
+    options, shape, dtype, saved, decay, steps, axes = TRAINED[name]
+    weighted = name != "negative axes"
+
+    def run(x, training):
+        return hk.BatchNorm(weighted, weighted, decay, name="bn", **options)(x, training)
+
+    model = hk.transform_with_state(run)
+    rng = np.random.default_rng(0)
+    # A mean of 100 shows a hidden average that is read with the wrong share of it.
+    batches = jnp.asarray(rng.normal(100, 20, (steps + 1, *shape)), dtype)
+    params, state = model.init(None, batches[0], True)
+    # Eager, since JAX raises decay to the count with more rounding there than under jit.
+    for x in batches[:-1]:
+        _, state = model.apply(params, state, None, x, True)
+    trees = jax.tree.map(
+        lambda a: a.astype(saved) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+        {"params": params, "state": state},
+    )
+    found = convert.find_haiku(trees, decay_rate=decay, **options)
+    layer = found.layers["bn"]
+    assert layer.bn.feature_axes == axes
+    assert {leaf.dtype for leaf in jax.tree.leaves(layer.state)} == {np.dtype(F)}
+    half = jnp.dtype(saved).itemsize == 2
+    widened = f"~/mean_ema/average widened from {jnp.dtype(saved)} to float32"
+    assert (widened in layer.notes) == half
+    rtol = 2 * float(jnp.finfo(saved).eps) if half else 1e-5
+    hidden, average = (trees["state"]["bn/~/mean_ema"][n] for n in ("hidden", "average"))
+    np.testing.assert_allclose(
+        layer.state.mean * layer.state.weight, hidden.ravel(), rtol=3 * rtol
+    )
+    x = batches[-1].astype(F)
+    wide = jax.tree.map(lambda a: a.astype(F), (trees["params"], trees["state"]))
+    want, _ = model.apply(*wide, None, x, False)
+    params = jax.tree.map(lambda a: a.astype(F), layer.params)
+    got, _ = layer.bn.apply(params, layer.state, x, False)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert_equal(found.put_back(found.layers), jax.tree.map(np.asarray, trees))
+    # A mean that is changed goes back with the counter and the share that it came with.
+    doubled = layer.state._replace(mean=layer.state.mean * 2)
+    back = found.put_back({"bn": dataclasses.replace(layer, state=doubled)})
+    ema = back["state"]["bn/~/mean_ema"]
+    assert ema["counter"] == steps
+    np.testing.assert_allclose(ema["average"], 2 * average)
+    np.testing.assert_allclose(ema["hidden"].astype(F), 2 * hidden.astype(F), rtol=3 * rtol)
+
+
 # What a checkpoint or a caller may get wrong: the call, the fact, and the remedy.
 MISTAKES = {
     "no such layer": (
@@ -604,8 +668,18 @@ MISTAKES = {
         "it is",
     ),
     "data format": (
-        lambda: convert.from_haiku(HAIKU, "bn", decay_rate=0.9, data_format="NHWC"), "NHWC",
+        lambda: convert.from_haiku(HAIKU, "bn", decay_rate=0.9, data_format="CHWN"), "CHWN",
         "made with",
+    ),
+    "other channels": (
+        lambda: convert.from_haiku(HAIKU, "bn", decay_rate=0.9, data_format="NC..."),
+        r"\(1, 1, 3\).*1 everywhere", "made with",
+    ),
+    "negative axes of weights": (
+        lambda: convert.from_haiku(
+            with_(HAIKU, params={"bn": {"scale": np.ones((1, 2, 3))}}), "bn",
+            decay_rate=0.9, axis=(0, -2)), r"\(1, 2, 3\).*\(1, 1, 3\).*\(0, -2\)",
+        "without scale and offset",
     ),
     "rank of x": (lambda: convert.to_haiku(OWN, "bn"), "rank of x", "ndim=4"),
     "hidden variance": (

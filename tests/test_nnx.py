@@ -341,6 +341,21 @@ MISTAKES = {
         errors.TraceContextError,
         "update_stats=False",
     ),
+    "captured and restored": (
+        lambda: nnx.jit(restore_that_captures(layer_of(3)))(X),
+        errors.TraceContextError,
+        "Pass the whole module",
+    ),
+    "captured and frozen": (
+        lambda: jax.jit(freeze_that_captures(layer_of(3)))(X),
+        errors.TraceContextError,
+        "to freeze.*Pass the whole module",
+    ),
+    "captured by a loss": (
+        lambda: jax.grad(loss_that_captures())(X),
+        errors.TraceContextError,
+        "Pass the whole module",
+    ),
     "captured training state": (
         lambda: nnx.jit(step_that_captures())(X),
         errors.TraceContextError,
@@ -357,6 +372,23 @@ def step_that_captures():
     state = jaxbn.nnx.TrainState(layer_of(3, use_running_average=True), optax.sgd(0.1))
     grads = jax.tree.map(jnp.zeros_like, nnx.state(state.model, nnx.Param))
     return lambda x: state.apply_gradients(grads)
+
+
+def restore_that_captures(layer):
+    return lambda x: sum_of(jaxbn.nnx.restore(layer, {**saved_of(layer), "mean": x[0]}), x)
+
+
+def saved_of(layer):
+    return nnx.to_pure_dict(nnx.state(layer))
+
+
+def freeze_that_captures(layer):
+    return lambda x: (jaxbn.nnx.freeze(layer), x)[1]
+
+
+def loss_that_captures():
+    state = jaxbn.nnx.TrainState(layer_of(3), optax.sgd(0.1))
+    return lambda x: sum_of(state.model, x)
 
 
 class Taken:

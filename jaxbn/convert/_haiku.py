@@ -1,8 +1,9 @@
 """Converts `hk.BatchNorm` of Haiku: its params and its zero-debiased averages."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from jaxbn.convert._arrays import (
     to_stats,
 )
 from jaxbn.convert._converted import Converted, read_one, write_one
+from jaxbn.convert._haiku_averages import coarsest, shares, weight_of
 from jaxbn.convert._whole_model import Found, find, with_defaults, with_options_of
 
 _AVERAGES = {
@@ -32,7 +34,9 @@ _AVERAGES = {
 _PARAMS = {role: (f"params/*/{HAIKU[role]}",) for role in ("scale", "bias")}
 _HAIKU = Naming("Haiku", "/", _PARAMS | _AVERAGES)
 
-DataFormat: TypeAlias = Literal["channels_last", "channels_first", "N...C", "NC..."]
+# As `hk.get_channel_index` reads them: NCHW and NC... are of the first kind, NHWC and BTD
+# of the second.
+_CHANNELS = {1: r"channels_first|NC[^C]*", -1: r"channels_last|N[^C]*C|(BT|TB)[^D]*D"}
 
 
 def from_haiku(
@@ -42,7 +46,7 @@ def from_haiku(
     decay_rate: float,
     eps: float = 1e-5,
     axis: Sequence[int] | None = None,
-    data_format: DataFormat = "channels_last",
+    data_format: str = "channels_last",
 ) -> Converted[BatchNorm, BatchStats]:
     """Returns a batch norm of Haiku's params and state.
 
@@ -55,7 +59,7 @@ def from_haiku(
         decay_rate: As the module was made with. What the state tells of it must agree.
         eps: As the module was made with.
         axis: The axes that the module averages over; None for all but the channels.
-        data_format: As the module was made with.
+        data_format: As the module was made with: "channels_first", "NHWC" and the like.
 
     Returns:
         A `Converted`.
@@ -152,16 +156,17 @@ def find_haiku(
 
 
 def _reader(
-    decay_rate: float, eps: float, axis: Sequence[int] | None, data_format: DataFormat
+    decay_rate: float, eps: float, axis: Sequence[int] | None, data_format: str
 ) -> Any:
-    known = get_args(DataFormat)
-    if data_format not in known:
+    channels = [c for c, names in _CHANNELS.items() if re.fullmatch(names, data_format)]
+    if not channels:
         raise ValueError(
-            f"data_format must be one of {known}, got {data_format!r}. Pass the one that "
-            "the module was made with."
+            f"data_format must be one that Haiku takes, got {data_format!r}. Pass what the "
+            'module was made with, such as "channels_first" or "NHWC".'
         )
-    channels = 1 if data_format in ("channels_first", "NC...") else -1
-    return functools.partial(_read, decay=decay_rate, eps=eps, axis=axis, channels=channels)
+    return functools.partial(
+        _read, decay=decay_rate, eps=eps, axis=axis, channels=channels[0]
+    )
 
 
 def _read(
@@ -172,23 +177,23 @@ def _read(
     axis: Sequence[int] | None,
     channels: int,
 ) -> Converted[BatchNorm, BatchStats]:
-    ndim = found.need("mean").ndim
+    mean = found.need("mean")
     axes: Axes = channels
     if axis is not None:
-        reduced = {a % ndim for a in axis}
-        axes = tuple(a for a in range(ndim) if a not in reduced)
+        reduced = {a % mean.ndim for a in axis}
+        axes = tuple(a for a in range(mean.ndim) if a not in reduced)
+        _check_negative(found, axis, mean.shape)
     found.require("var", "mean_hidden", "var_hidden")
     roles = ("scale", "bias", "mean", "var", "mean_hidden", "var_hidden")
-    read = checked(found, roles, axes)
+    where = (channels % mean.ndim,) if isinstance(axes, int) and mean.ndim else axes
+    read = checked(found, roles, where)
     steps, also = found.count("mean_counter"), found.count("var_counter")
     if also != steps:
         raise ValueError(
             f"{found.names['mean_counter']} is {steps}, but {found.names['var_counter']} "
             f"is {also}. Both count the same batches."
         )
-    weight = share(decay, steps)
-    for role in ("mean", "var"):
-        _check_decay(found, role, read.arrays, weight, decay, steps)
+    weight = weight_of(found, read.arrays, decay, steps)
     mean, var, seen = to_stats(
         read.arrays["mean"], read.arrays["var"], np.full(read.features, weight)
     )
@@ -196,26 +201,15 @@ def _read(
     return Converted(bn, params, BatchStats(mean, var, seen), read.notes)
 
 
-def _check_decay(
-    found: LayerArrays,
-    role: str,
-    arrays: Mapping[str, np.ndarray],
-    weight: Any,
-    decay: Any,
-    steps: int,
-) -> None:
-    """Raises unless what is stored twice agrees, which it does only for the right decay."""
-    average, hidden = (arrays[r].astype(np.float64) for r in (role, f"{role}_hidden"))
-    rounding = 16 * float(np.finfo(np.float32).eps)
-    if found.need(role).dtype.itemsize < 4:
-        rounding = 0.05
-    if not np.allclose(average * float(weight), hidden, rtol=rounding, atol=rounding):
-        name = found.names[f"{role}_hidden"]
-        raise ValueError(
-            f"{name} does not fit the average: with decay_rate={decay} and {steps} steps "
-            f"it would be {float(weight):.6g} of it. Pass the decay_rate that the module "
-            "was made with, or set hidden to that."
-        )
+def _check_negative(found: LayerArrays, axis: Sequence[int], shape: Any) -> None:
+    for role in ("scale", "bias"):
+        array = found.arrays.get(role)
+        if array is not None and array.shape != shape and min(axis) < 0:
+            raise ValueError(
+                f"{found.names[role]} has the shape {array.shape} but the statistics have "
+                f"{shape}: Haiku gives scale and offset the size of x at the negative ones "
+                f"of axis={axis}. Convert without scale and offset, and apply them to y."
+            )
 
 
 def _write(
@@ -227,6 +221,12 @@ def _write(
     counted = int(kept["mean_counter"].reshape(())) if "mean_counter" in kept else None
     steps = steps_of(bn, state, counted, "Haiku")
     weight = share(bn.momentum or 0.0, steps)
+    if counted is not None:
+        # A share that was read and is unchanged goes back with the counter it came with.
+        dtype = coarsest([kept["mean"], kept["var"]])
+        for seen in shares(bn.momentum or 0.0, counted, dtype):
+            if state.weight is not None and np.allclose(state.weight, seen, rtol=1e-6):
+                steps, weight = counted, seen
     arrays = per_feature(layer.params, mean=state.mean, var=state.var)
     if not kept:
         arrays = expanded(arrays, bn.feature_axes, ndim)

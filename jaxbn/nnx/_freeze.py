@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 from jaxbn._flax.changed import Changed, NormChange
-from jaxbn.nnx._norm import Norm, Switchable
+from jaxbn.nnx._norm import Norm, Switchable, told_if_captured
 from jaxbn.nnx._replace import become, in_jaxbn, meant
 
 
@@ -44,7 +44,8 @@ def freeze(model: nnx.Module, only: Any = None) -> Changed:
     for _, layer in norms:
         if not isinstance(layer, Switchable):
             become(layer, in_jaxbn(layer))
-        layer.frozen = True
+        with told_if_captured("a model to freeze"):
+            layer.frozen = True
     return changed
 
 

@@ -1,6 +1,7 @@
 """Any normalizer as an NNX module, and what the NNX layers share."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -171,12 +172,21 @@ class CapturedError(errors.TraceContextError, ValueError):
         )
 
 
+@contextlib.contextmanager
+def told_if_captured(what: str) -> Iterator[None]:
+    """Raises Flax's error about a module from outside of a trace with a remedy."""
+    try:
+        yield
+    except (errors.TraceContextError, ValueError) as error:
+        if "different trace level" not in str(error):
+            raise
+        raise CapturedError(what) from None
+
+
 def assign(variable: Any, value: Array) -> None:
     """Sets a variable; where the dtype changed, the array is replaced, not written into."""
-    try:
+    with told_if_captured("a layer in training"):
         if value.dtype == variable[...].dtype:
             variable[...] = value
         else:
             set_value(variable, value)
-    except errors.TraceContextError:
-        raise CapturedError("a layer in training") from None

@@ -3,11 +3,11 @@
 from typing import Any, Generic, Literal, TypeVar, overload
 
 import optax
-from flax import errors, nnx
+from flax import nnx
 
 from jaxbn._flax.restore import Left, fill, read
 from jaxbn._typing import PyTree
-from jaxbn.nnx._norm import CapturedError
+from jaxbn.nnx._norm import told_if_captured
 
 M = TypeVar("M", bound=nnx.Module)
 T = TypeVar("T", bound=nnx.Module)
@@ -59,12 +59,8 @@ class TrainState(nnx.Module, Generic[M]):
         Args:
             grads: What `nnx.grad` returned for `model`.
         """
-        try:
+        with told_if_captured("a TrainState"):
             self.optimizer.update(self.model, grads)
-        except (errors.TraceContextError, ValueError) as error:
-            if "different trace level" not in str(error):
-                raise
-            raise CapturedError("a TrainState") from None
 
 
 @overload
@@ -122,5 +118,6 @@ def restore(module: T, saved: PyTree, *, strict: bool = True) -> T | tuple[T, Le
         is_statistic=statistics.__contains__,
     )
     nnx.replace_by_pure_dict(state, filled)
-    nnx.update(module, state)
+    with told_if_captured("a module to restore"):
+        nnx.update(module, state)
     return module if strict else (module, left)

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
 from jaxbn import convert
 
 BN = jaxbn.BatchNorm(momentum=0.7)
@@ -35,10 +38,11 @@ def grid(*kinds):
     return jax.make_mesh((4, 2), ("d", "m"), axis_types=kinds)
 
 
+AUTO = AxisType.Auto, AxisType.Auto
 EXPLICIT = AxisType.Explicit, AxisType.Explicit
 MESHES = [
     EXPLICIT,
-    EXPLICIT,
+    AUTO,
     (AxisType.Auto, AxisType.Explicit),
     (AxisType.Explicit, AxisType.Auto),
 ]
@@ -154,3 +158,47 @@ def test_the_pieces_work_on_explicit_axes(origin):
             for got in (run(), jax.jit(run)()):
                 near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
                 jax.tree.map(functools.partial(near, err_msg=name), got, want[name])
+
+
+def of_linen(x):
+    layer = jaxbn.linen.BatchNorm(use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+
+    def loss(x):
+        y, updated = layer.apply(variables, x, mutable=["batch_stats"])
+        return (y**3).sum(), (y, updated)
+
+    return jax.jit(jax.grad(loss, has_aux=True))(x)
+
+
+def of_nnx(x):
+    layer = jaxbn.nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+    y = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    return y, nnx.to_pure_dict(nnx.state(layer))
+
+
+def reestimated(x):
+    params, state = BN.init(8)
+    bn = jaxbn.Gather(BN)
+    update = lambda state, x: bn.apply(params, state, x, True)[1]
+    return jaxbn.reestimate(update, state, [x, x * 2])
+
+
+def reestimated_nnx(x):
+    layer = jaxbn.nnx.reestimate(jaxbn.nnx.BatchNorm(8, rngs=nnx.Rngs(0)), [x, x * 2])
+    return nnx.to_pure_dict(nnx.state(layer))
+
+
+USES = of_linen, of_nnx, reestimated, reestimated_nnx
+
+
+@pytest.mark.parametrize("use", USES)
+def test_modules_and_estimates_see_the_whole_batch_on_any_mesh(use):
+    x = jnp.asarray(np.random.default_rng(0).normal(2, 1, (16, 8)), jnp.float32)
+    want = use(x)
+    for kinds in (AUTO, EXPLICIT, MESHES[3]):
+        mesh = grid(*kinds)
+        with jax.set_mesh(mesh):
+            got = use(jax.device_put(x, NamedSharding(mesh, P("d", "m"))))
+        near = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4)
+        jax.tree.map(near, got, want)
