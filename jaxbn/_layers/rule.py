@@ -161,8 +161,6 @@ def line_of(
     mean, var = given.running
     pairs, rest, layer = [], None, plan.layer
     if batch is not None:
-        # With an infinite variance y would be the bias alone, and hide that sums overflow.
-        batch = batch._replace(var=jnp.where(batch.var < jnp.inf, batch.var, jnp.nan))
         own = batch if layer.bank is None else layer.bank.spread(batch, correcting[1])
         seen = None if plan.certain else own.count > 0
         seen = flag if seen is None else seen if flag is None else seen & flag

@@ -35,9 +35,9 @@ def replaced(only: str | None = None, **changes: Any) -> Iterator[Changed]:
     jitted, around `model.apply` or `model.init`.
 
     Args:
-        only: A pattern of the paths of the norms that are meant, such as "encoder/*"; None
-            for all. The others stay what they are, unless a context inside of this one
-            means them.
+        only: A pattern of the paths of the norms that are meant, such as `"encoder/*"`;
+            None for all. The others stay what they are, unless a context inside of this
+            one means them.
         **changes: `momentum`, `epsilon`, `dtype`, `axis_name`, `axis_index_groups`, or
             `use_running_average`, which then counts for the call, too.
 

@@ -41,9 +41,9 @@ def replace(
         make: Returns the normalizer of a layer, given the `jaxbn.BatchNorm` with its
             settings: `jaxbn.BatchRenorm`, or `lambda bn: jaxbn.GhostBatchNorm(bn, 32)`. Its
             other statistics begin as after a data set of the layer's mean and variance.
-        only: A pattern of the paths of the norms that are meant, such as "encoder/*", or a
-            filter of NNX for modules, such as `nnx.PathContains("encoder")`; None for all.
-            A norm that is shared has the first of its paths.
+        only: A pattern of the paths of the norms that are meant, such as `"encoder/*"`, or
+            a filter of NNX for modules, such as `nnx.PathContains("encoder")`; None for
+            all. A norm that is shared has the first of its paths.
         **changes: `momentum`, `epsilon`, `dtype`, `axis_name` or `axis_index_groups`, as
             `jaxbn.nnx.BatchNorm` takes them, to be changed.
 

@@ -20,7 +20,7 @@ BN = jaxbn.BatchNorm()
 
 
 def as_equinox(normalizer, params, state, x, training, **options):
-    sizes = state.mean.shape
+    sizes = state.mean.shape if normalizer.bank is None else state.mean.shape[1:]
     make = eqx.nn.make_with_state(jaxbn.equinox.Norm)
     layer, start = make(normalizer, sizes if len(sizes) > 1 else sizes[0])
     layer = eqx.tree_at(lambda layer: layer.params, layer, params)

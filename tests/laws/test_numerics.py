@@ -81,13 +81,12 @@ def test_a_batch_that_is_not_finite_shows_and_leaves_the_state(bad, option):
         assert np.isfinite(np.delete(y, 1, axis=1)).all()
 
 
-def test_a_variance_that_overflows_shows_and_leaves_the_state():
+def test_a_variance_that_overflows_leaves_the_state():
     x = np.array([[1e20, 1.0], [-1e20, 2.0]], np.float32)
     bn = jaxbn.BatchNorm()
     params, before = bn.init(2)
     y, after = bn.apply(params, before, x, True)
-    assert np.isnan(y[:, 0]).all()
-    assert np.isfinite(y[:, 1]).all()
+    assert np.isfinite(y).all()
     assert (after.mean[0], after.var[0]) == (before.mean[0], before.var[0])
     assert after.mean[1] != before.mean[1]
 
