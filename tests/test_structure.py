@@ -204,8 +204,10 @@ def test_a_sharded_jit_reduces_once_each_way():
         [each.name for each in found if each.op.startswith("all-reduce")]
         for found in (program.always(), program.sometimes())
     ]
-    # One forward and one backward; on CPU the second reading, of lost digits, has two.
-    assert [len(names) for names in reduces] == [2, 2]
+    # One forward and one backward. The second reading, of lost digits, has two on CPU,
+    # which some releases of XLA combine.
+    assert len(reduces[0]) == 2
+    assert len(reduces[1]) in (1, 2)
 
 
 @pytest.mark.parametrize("activation", [None, jax.nn.relu, jnp.tanh])

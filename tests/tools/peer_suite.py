@@ -88,10 +88,11 @@ def run(checkout, tests, folder, name, *options, **environment):
     listed.write_text("\n".join(tests))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "peer_suite"]
     command += [f"--junitxml={report}", "-p", "no:cacheprovider", "-o", "addopts="]
-    command += ["-W", "default", *options, f"@{listed}"]
+    command += ["-W", "default", "--continue-on-collection-errors", *options, f"@{listed}"]
     here = Path(__file__).resolve()
     # By its bare name, since some checkouts have a package called tests, too.
-    path = f"{here.parent}{os.pathsep}{here.parents[2]}"
+    paths = [str(here.parent), str(here.parents[2]), os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(filter(None, paths))
     done = subprocess.run(
         command,
         cwd=checkout,
@@ -131,6 +132,8 @@ def compare(library, checkout, folder):
     theirs = run(checkout, files, folder, library, *chosen, **note)
     tests = [name for name in made.read_text().split("\n") if theirs.get(name) == "passed"]
     print(f"{len(tests)} tests build a BatchNorm and pass with {library}'s", flush=True)
+    if not tests:
+        raise SystemExit((folder / f"{library}.txt").read_text())
     ours = run(checkout, tests, folder, "jaxbn", JAXBN_SUBSTITUTE=library)
     broken = [name for name in tests if ours.get(name) != "passed"]
     print(f"{len(tests) - len(broken)} of {len(tests)} pass with ours")
