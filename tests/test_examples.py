@@ -15,7 +15,7 @@ SHORT = {
     "shard_map_training.py": ["--epochs", "1", "--devices", "2"],
     "resnet.py": ["--epochs", "1", "--checkpoints", "{tmp}/linen"],
     "resnet_nnx.py": ["--epochs", "1", "--checkpoints", "{tmp}/nnx"],
-    "tf1/contrib_comparison.py": ["--epochs", "1"],
+    "tf1/contrib_comparison.py": ["--epochs", "1", "--small-batch-size", "25"],
     "tf1/dense_elu.py": ["--epochs", "1"],
     "tf1/handwritten_dropout.py": ["--epochs", "1"],
     "tf1/handwritten_images.py": ["--epochs", "1"],

@@ -74,12 +74,11 @@ def options_of(name, shape):
 
 def draws(name):
     """Returns combinations of which each pair of neighbours occurs, not the product."""
-    every = itertools.product(range(4), SPLITS, ORIGINS)
-    for turn, (mesh, split, origin) in enumerate(every):
-        if (turn + len(name)) % 5 == 0:
-            option = OPTIONS[(turn // 5) % 4]
-            option = "none" if name == "ema" and option == "adjustment" else option
-            yield MESHES[mesh], split, origin, MODES[(turn // 5 + turn) % 4], option
+    every = list(itertools.product(MESHES, SPLITS, ORIGINS))
+    for turn, (mesh, split, origin) in enumerate(every[len(name) % 7 :: 7]):
+        option = OPTIONS[turn % 4]
+        option = "none" if name == "ema" and option == "adjustment" else option
+        yield mesh, split, origin, MODES[turn * 3 // 2 % 4], option
 
 
 @pytest.mark.parametrize("name", LAYERS)
