@@ -375,6 +375,22 @@ def test_training_goes_on_as_in_flax(spread):
         np.testing.assert_allclose(back["batch_stats"][name], array, rtol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [1.0, jnp.float32(1)])
+def test_the_first_batch_starts_an_ema_norm_whatever_the_momentum(momentum):
+    layer = convert.EmaBatchNorm()
+    params, state = layer.init(2)
+    x = np.random.default_rng(0).normal(3, 2, (8, 2))
+    for batch in (x, 5 * x):
+        y, state = layer.apply(
+            params, state, jnp.asarray(batch, F), True, momentum=momentum
+        )
+        want = (batch - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+        np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(state.mean, x.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(state.var, x.var(0), rtol=1e-6)
+    np.testing.assert_array_equal(state.weight, 1)
+
+
 def test_an_ema_norm_over_devices_and_with_a_traced_mode():
     layer = convert.EmaBatchNorm(jaxbn.BatchNorm(momentum=0.8, axis_name="d"))
     rng = np.random.default_rng(0)

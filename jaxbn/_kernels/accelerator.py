@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._dtypes import upcast
+from jaxbn._dtypes import at_least_float32, upcast, widest
 from jaxbn._kernels.compensated import settled, two_sum
 from jaxbn._kernels.operation import has_known_size, is_small, number_of_elements
 from jaxbn._sharding import broadcast_like, may_be_split
@@ -248,6 +248,13 @@ def opened(of: MapTangent | Sums, t: Array) -> Array:
 
 def sums(axes: tuple[int, ...], of: Sums, whole: bool) -> tuple[Array, Array]:
     """Returns the sum of t and that of t (x - mean)."""
-    t = opened(of, upcast(of.t))
-    t = t if of.weights is None else t * of.weights
-    return total_of(t, axes), total_of((upcast(of.x) - of.mean) * t, axes)
+    total, product = (total_of(addend, axes) for addend in addends(of))
+    return total, product
+
+
+def addends(of: Sums) -> tuple[Array, Array]:
+    """Returns t where it counts, and t (x - mean), in the wider dtype of t and x."""
+    dtype = at_least_float32(widest(of.x.dtype, of.t.dtype))
+    t = opened(of, of.t.astype(dtype))
+    t = t if of.weights is None else t * of.weights.astype(dtype)
+    return t, (upcast(of.x) - of.mean).astype(dtype) * t

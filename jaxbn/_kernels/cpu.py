@@ -87,9 +87,7 @@ def _tiled_sums(of: Sums, cut: tiles.Cut) -> tuple[Array, Array]:
 
     def products(x: Array, t: Array, *vectors: Array) -> tuple[Array, Array]:
         values = dict(zip(names, vectors, strict=True))
-        part = of._replace(x=x, t=upcast(t), **values)
-        t = opened(part, part.t)
-        return t, (upcast(x) - part.mean) * t
+        return accelerator.addends(of._replace(x=x, t=t, **values))
 
     vectors = tuple(getattr(of, name) for name in names)
     return tiles.sums(products, cut, (of.x, of.t), vectors)

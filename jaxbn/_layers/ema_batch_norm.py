@@ -129,6 +129,9 @@ class EmaBatchNorm(Wrapper[BatchNormParams, BatchStats]):
     ) -> BatchStats:
         """Returns the state after one update, which the first batch starts."""
         momentum = self.bn.momentum if momentum is None else momentum
+        assert state.weight is not None
+        # Whatever the momentum, nothing is kept of what no batch has started.
+        momentum = jnp.where(state.weight > 0, momentum, 0)
         after = updated_stats(state, batch, momentum, self.bn.ddof)
         assert after.weight is not None
         return after._replace(weight=jnp.sign(after.weight))

@@ -172,6 +172,8 @@ def draws(draw, mode: str) -> Draw:
     )
     if draw(st.integers(0, 9)) < 3:
         mistake = draw(st.sampled_from(possible(mode)))
+        if mistake == "unknown_axis":
+            made.training = True  # in inference the axis is not looked for
         made.mistake = mistake if MISTAKES[mistake](made) else None
     return made
 

@@ -143,3 +143,25 @@ def test_a_gradient_in_bfloat16_is_rounded_once(formulation):
     # The nearest of the numbers with 8 digits is at most 2^-8 off, relative to its size.
     error = np.abs(got - want) / np.maximum(np.abs(want), 1e-2)
     assert error.max() < 2**-8 * 1.01
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("activation", [None, jax.nn.relu])
+def test_gradients_of_a_wider_x_than_y(x64, dtype, weighted, activation):
+    rng = np.random.default_rng(3)
+    x, d = rng.standard_normal((2, 16, 3))
+    weights = jnp.asarray(np.arange(16) % 4 > 0) if weighted else None
+
+    def loss(bn, params, x):
+        y, _ = bn.apply(params, state, x, True, weights=weights)
+        return (y.astype(float) * d).sum()
+
+    wide = jaxbn.BatchNorm(activation=activation)
+    params, state = wide.init(3)
+    narrow = jaxbn.BatchNorm(activation=activation, dtype=dtype)
+    gradients = jax.jit(jax.grad(loss, (1, 2)), static_argnums=0)
+    got, want = (gradients(bn, params, jnp.asarray(x)) for bn in (narrow, wide))
+    assert jax.tree.map(jax.typeof, got) == jax.tree.map(jax.typeof, want)
+    near = 30 * float(jnp.finfo(dtype).eps)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=near), got, want)

@@ -110,20 +110,20 @@ MUTANTS = [
         ),
         (
             "sums of tangents forget the weights",
-            "t = t if of.weights is None else t * of.weights\n    return total_of",
-            "return total_of",
+            "    t = t if of.weights is None else t * of.weights.astype(dtype)\n",
+            "",
             "tests/laws/test_laws.py -k 'second and weights'",
         ),
         (
             "the backward pass sums x that is not centered",
-            "total_of((upcast(of.x) - of.mean) * t, axes)",
-            "total_of(upcast(of.x) * t, axes)",
+            "return t, (upcast(of.x) - of.mean).astype(dtype) * t",
+            "return t, upcast(of.x).astype(dtype) * t",
             GRADIENTS,
         ),
         (
             "the sums of the backward pass ignore the ReLU",
-            "t = opened(of, upcast(of.t))",
-            "t = upcast(of.t)",
+            "t = opened(of, of.t.astype(dtype))",
+            "t = of.t.astype(dtype)",
             DERIVATIVES,
         ),
     ),
@@ -203,8 +203,8 @@ MUTANTS = [
         ),
         (
             "sums over tiles ignore the ReLU",
-            "t = opened(part, part.t)",
-            "t = part.t",
+            "return accelerator.addends(of._replace(x=x, t=t, **values))",
+            "return accelerator.addends(Sums(x, values['mean'], None, None, None, t))",
             TILES,
         ),
         (
