@@ -161,13 +161,14 @@ def split_axis(x: Array, sizes: tuple[int, int]) -> Array:
     """Returns `x` with its first axis divided into two of `sizes`, the first slower."""
     shape = (*sizes, *x.shape[1:])
     sharding = jax.typeof(x).sharding
-    if not explicit_axes(x) or sharding.spec[0] is None:
+    if not explicit_axes(x):
         return x.reshape(shape)
-    # The devices of the first axis go to the part of it that they divide evenly.
+    # The devices of the first axis go to the part of it that they divide evenly. The type
+    # is given in any case, since JAX finds none for a reshape of an empty array.
     names, *others = sharding.spec
     count = 1
     for name in names if isinstance(names, tuple) else (names,):
-        count *= sharding.mesh.shape[name]
+        count *= 1 if name is None else sharding.mesh.shape[name]
     parts = [names if size % count == 0 else None for size in sizes]
     spec = (parts[0], None if parts[0] else parts[1], *others)
     return lax.reshape(x, shape, out_sharding=sharding.update(spec=spec))

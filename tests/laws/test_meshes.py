@@ -201,3 +201,16 @@ def test_modules_and_estimates_see_the_whole_batch_on_any_mesh(use):
             got = use(jax.device_put(x, NamedSharding(mesh, P("d", "m"))))
         near = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4)
         jax.tree.map(near, got, want)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("spec", [P(None, "m"), P("d"), P("d", "m")])
+def test_ghost_batches_of_nothing_on_explicit_axes(layout, spec):
+    layer = jaxbn.GhostBatchNorm(BN, 2, layout=layout)
+    params, state = layer.init(4)
+    with jax.set_mesh(grid(*EXPLICIT)):
+        x = jax.device_put(jnp.zeros((0, 4)), NamedSharding(grid(*EXPLICIT), spec))
+        y, after = jax.jit(layer.apply, static_argnums=3)(params, state, x, True)
+        gradient = jax.grad(lambda x: layer.apply(params, state, x, True)[0].sum())(x)
+    assert jax.typeof(y) == jax.typeof(gradient) == jax.typeof(x)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
