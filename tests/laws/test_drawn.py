@@ -185,6 +185,8 @@ def check_state(before, after, want, x, rounded=0.0):
         size = 2e-5 * np.abs(want[name]) + 2e-6 * (largest if "mean" in name else 1e-3)
         if name == "var":
             size = size + rounded + (1e-7 * largest) ** 2
+        elif "std" in name:
+            size = size + 1e-7 * largest
         # What fits no float32 leaves the feature as it was.
         small = float(jnp.finfo(old.dtype).max) ** 0.5 / 10
         stays = (value == kept) & (largest > small)
