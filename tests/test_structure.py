@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn._kernels import accelerator, cpu, tiles
-from jaxbn._kernels.accelerator import Reduction
+from jaxbn._kernels.operands import Reduction
 from tests.tools import hlo
 
 SHAPE = 32, 16, 16, 64

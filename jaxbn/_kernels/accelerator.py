@@ -1,19 +1,21 @@
 """The formulations for GPUs and TPUs, and for whatever is small: plain, in one reading.
 
 XLA fuses all sums over one array into one kernel there ("multi-output fusion"), so nothing
-has to be kept apart, and a conditional would make a GPU wait for the host.
+has to be kept apart. A conditional, for which a GPU waits for the host, is taken only where
+a sample would cost an all-reduce or stand between x and the product that makes it.
 """
 
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._dtypes import at_least_float32, upcast, widest
 from jaxbn._kernels.compensated import settled, two_sum
+from jaxbn._kernels.operands import Map, MapSettings, MapTangent, Reduction, Sums
 from jaxbn._kernels.operation import has_known_size, is_small, number_of_elements
 from jaxbn._sharding import broadcast_like, may_be_split
 from jaxbn._typing import Array, DTypeLike
@@ -25,63 +27,6 @@ Triple = tuple[Array, Array, Array]
 SPARSENESS = 32
 # Use E[x^2] - E[x]^2 only while mean^2 <= 16 var, where at most 4 bits cancel.
 ILL_CONDITIONED = 16.0
-
-
-class Reduction(NamedTuple):
-    """Operands of the moments of `x`; `count` is the total weight of each feature."""
-
-    x: Array
-    weights: Array | None
-    count: Array | None  # pyright: ignore[reportIncompatibleMethodOverride]
-
-
-class Map(NamedTuple):
-    """Operands of (x - mean) slope + offset + residual; the vectors broadcast to x."""
-
-    x: Array
-    mean: Array
-    slope: Array
-    offset: Array | None
-    residual: Array | None
-
-
-class MapTangent(NamedTuple):
-    """Operands of the tangent of the map, which is linear in those called tangents.
-
-    A ReLU behind the map is open where `y` is positive, or, without y, where the map with
-    `offset` is; without both there is none.
-    """
-
-    x: Array
-    mean: Array
-    slope: Array
-    offset: Array | None
-    y: Array | None
-    x_tangent: Array | None
-    slope_tangent: Array | None
-    offset_tangent: Array | None
-    residual_tangent: Array | None
-
-
-class Sums(NamedTuple):
-    """Operands of the sums of t and of t (x - mean), in which `t` is linear.
-
-    With `slope` and `offset`, t counts where a ReLU behind the map is open.
-    """
-
-    x: Array
-    mean: Array
-    slope: Array | None
-    offset: Array | None
-    weights: Array | None
-    t: Array
-
-
-class MapSettings(NamedTuple):
-    """The static part of a map."""
-
-    relu: bool
-    dtype: DTypeLike
 
 
 def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._kernels import accelerator, cpu
-from jaxbn._kernels.accelerator import Map, MapSettings, MapTangent, opened
+from jaxbn._kernels.accelerator import opened
+from jaxbn._kernels.operands import Map, MapSettings, MapTangent
 from jaxbn._kernels.operation import Operation, computed_apart
 from jaxbn._kernels.reduction import sums
 from jaxbn._sharding import vary_over, varying_axes

@@ -15,17 +15,8 @@ from jax import lax
 
 from jaxbn._dtypes import upcast
 from jaxbn._kernels import accelerator, tiles
-from jaxbn._kernels.accelerator import (
-    Map,
-    MapSettings,
-    Reduction,
-    Sums,
-    Triple,
-    combined,
-    count_of,
-    divisor,
-    opened,
-)
+from jaxbn._kernels.accelerator import Triple, combined, count_of, divisor, opened
+from jaxbn._kernels.operands import Map, MapSettings, Reduction, Sums
 from jaxbn._kernels.operation import is_small
 from jaxbn._typing import Array
 

@@ -9,13 +9,8 @@ import jax.numpy as jnp
 
 from jaxbn._dtypes import at_least_float32, upcast, widest
 from jaxbn._kernels import accelerator, cpu
-from jaxbn._kernels.accelerator import (
-    Reduction,
-    Sums,
-    count_of,
-    divisor,
-    opened,
-)
+from jaxbn._kernels.accelerator import count_of, divisor, opened
+from jaxbn._kernels.operands import Reduction, Sums
 from jaxbn._kernels.operation import Operation, computed_apart, number_of_elements
 from jaxbn._sharding import broadcast_like
 from jaxbn._typing import Array, Pair

@@ -128,24 +128,25 @@ class EmaBatchNorm(Wrapper[BatchNormParams, BatchStats]):
         self, state: BatchStats, batch: Moments, *, momentum: float | Array | None = None
     ) -> BatchStats:
         """Returns the state after one update, which the first batch starts."""
-        momentum = self.bn.momentum if momentum is None else momentum
-        assert state.weight is not None
-        # Whatever the momentum, nothing is kept of what no batch has started.
-        momentum = jnp.where(state.weight > 0, momentum, 0)
-        after = updated_stats(state, batch, momentum, self.bn.ddof)
+        kept = self._kept(state, momentum)
+        after = updated_stats(state, batch, kept, self.bn.ddof)
         assert after.weight is not None
         return after._replace(weight=jnp.sign(after.weight))
+
+    def _kept(self, state: BatchStats, momentum: float | Array | None) -> Array:
+        """Returns the share of the state that is kept: none before a first batch."""
+        momentum = self.bn.momentum if momentum is None else momentum
+        assert momentum is not None
+        assert state.weight is not None
+        return jnp.where(state.weight > 0, momentum, 0)
 
     def correction(
         self, state: BatchStats, batch: Moments, *, momentum: float | Array | None = None
     ) -> Pair:
         """Returns what makes of the standardized batch one by the running statistics."""
-        momentum = self.bn.momentum if momentum is None else momentum
-        assert momentum is not None
-        assert state.weight is not None
         after = lax.stop_gradient(self.track(state, batch, momentum=momentum))
         own_mean, own_var, count, rest = as_exact(batch)
-        rate = jnp.where(state.weight > 0, 1 - momentum, 1).astype(own_var.dtype)
+        rate = (1 - self._kept(state, momentum)).astype(own_var.dtype)
         # The returned state carries no gradient, but the mean and the variance that x is
         # normalized with do: the batch has the share `rate` in them.
         mean, var = (

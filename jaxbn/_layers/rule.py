@@ -13,8 +13,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxbn._dtypes import real_part, upcast, widest
-from jaxbn._kernels.accelerator import Map, divisor
+from jaxbn._kernels.accelerator import divisor
 from jaxbn._kernels.affine_map import affine_map, affine_map_tangent
+from jaxbn._kernels.operands import Map
 from jaxbn._kernels.operation import computed_apart
 from jaxbn._kernels.reduction import ExactMoments, exact_moments, moments_tangent
 from jaxbn._layers.ghost_batches import GhostBatches

@@ -67,8 +67,8 @@ MUTANTS = [
         "_layers/ema_batch_norm.py",
         (
             "the first batch does not start the average",
-            "rate = jnp.where(state.weight > 0, 1 - momentum, 1)",
-            "rate = jnp.where(state.weight >= 0, 1 - momentum, 1)",
+            "return jnp.where(state.weight > 0, momentum, 0)",
+            "return jnp.where(state.weight >= 0, momentum, 0)",
             "tests/test_convert.py tests/test_golden.py -k 'ema or equinox or eqx'",
         ),
     ),
