@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._dtypes import at_least_float32, upcast, widest
-from jaxbn._kernels import accelerator, cpu
+from jaxbn._kernels import accelerator, cpu, gpu
 from jaxbn._kernels.accelerator import count_of, divisor, opened
 from jaxbn._kernels.operands import Reduction, Sums
 from jaxbn._kernels.operation import Operation, computed_apart, number_of_elements
@@ -146,10 +146,21 @@ _MOMENTS = Operation(
     "moments",
     _moments_types,
     accelerator.moments,
-    {"cpu": cpu.moments, "tpu": accelerator.moments_on_tpu},
+    {
+        "cpu": cpu.moments,
+        "cuda": gpu.moments,
+        "rocm": gpu.moments,
+        "tpu": accelerator.moments_on_tpu,
+    },
     _batched,
 )
-_SUMS = Operation("sums", _sums_types, accelerator.sums, {"cpu": cpu.sums}, _batched)
+_SUMS = Operation(
+    "sums",
+    _sums_types,
+    accelerator.sums,
+    {"cpu": cpu.sums, "cuda": gpu.sums, "rocm": gpu.sums},
+    _batched,
+)
 
 
 @_MOMENTS.def_tangent

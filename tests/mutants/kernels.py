@@ -12,9 +12,31 @@ DERIVATIVES = "tests/laws/test_derivatives.py"
 TILES = "tests/laws/test_tiles.py -k 'sums_are_those or plain or linear_loss'"
 REAL = "tests/laws/test_real_sizes.py"
 DIGITS = "tests/test_structure.py -k keeps_the_digits"
+PAIRS = "tests/test_structure.py -k 'in_pairs or pairs_of_sums'"
 FUSED = "tests/test_structure.py -k 'fused or backward_pass or small_batch'"
 
 MUTANTS = [
+    *of(
+        "_kernels/gpu.py",
+        (
+            "pairs of sums mix both",
+            "these[0] + those[0], these[1] + those[1]",
+            "these[0] + those[0], these[1] + those[0]",
+            PAIRS,
+        ),
+        (
+            "squares of values are taken for squares of deviations",
+            "deviation, deviation * deviation)",
+            "deviation, deviation * upcast(of.x))",
+            PAIRS,
+        ),
+        (
+            "each sum of a pass is a reduction of its own",
+            "if not whole:\n        return accelerator.sums",
+            "if whole:\n        return accelerator.sums",
+            "tests/test_structure.py -k in_one_reduction",
+        ),
+    ),
     *of(
         "_kernels/accelerator.py",
         (
@@ -25,8 +47,8 @@ MUTANTS = [
         ),
         (
             "arrays of unknown size are sampled",
-            "is_small(of.x) or not has_known_size(of.x):",
-            "is_small(of.x):",
+            "of.weights is None and has_known_size(of.x) and not is_small(of.x)",
+            "of.weights is None and not is_small(of.x)",
             "tests/test_export.py -k 'any_size'",
         ),
         (
