@@ -56,10 +56,3 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(_cpu, "is_small", lambda x: False)
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def forget_programs():
-    """Frees what a file of tests compiled, which is gigabytes over the whole suite."""
-    yield
-    jax.clear_caches()

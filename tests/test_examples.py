@@ -1,5 +1,6 @@
 """The programs run as their headers say, on less of everything."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.compiling import fast_environment
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = {
@@ -28,6 +31,7 @@ def run(program, *arguments):
         capture_output=True,
         text=True,
         timeout=300,
+        env=os.environ | fast_environment(),
     )
 
 

@@ -15,6 +15,7 @@ import pytest
 import jaxbn
 import jaxbn.linen
 
+OPTIMIZED = True
 ROOT = str(Path(jaxbn.__file__).parent)
 # flax.linen runs 1 file and 6 functions of its own; jaxbn ran 17 and 103 before.
 MOST_FILES, MOST_FUNCTIONS, MOST_CHANGES = 10, 70, 45

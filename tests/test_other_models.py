@@ -12,6 +12,7 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 
+OPTIMIZED = True
 X = np.random.default_rng(0).normal(size=(8, 4, 4, 3)).astype(np.float32) * 2 + 1
 
 

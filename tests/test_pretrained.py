@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.compiling import fast_environment
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pretrained.py"
 RECORDED = Path(__file__).parent / "recorded" / "efficientnet_lite0.npz"
 
@@ -57,7 +59,7 @@ def run(*arguments, without=(), folder):
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"PYTHONPATH": str(folder)},
+        env=os.environ | fast_environment() | {"PYTHONPATH": str(folder)},
     )
 
 

@@ -16,6 +16,7 @@ from jaxbn._kernels import accelerator, cpu, gpu, tiles
 from jaxbn._kernels.operands import Reduction, Sums
 from tests.tools import hlo
 
+OPTIMIZED = True
 SHAPE = 32, 16, 16, 64
 FUSES_SUMS = jax.__version_info__ >= (0, 10)
 

@@ -11,6 +11,8 @@ import jaxbn
 from jaxbn._kernels import compensated
 from tests.laws import oracle
 
+OPTIMIZED = True
+
 
 def normal(mean, std, rows=65536, features=4, seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)

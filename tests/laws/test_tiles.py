@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn._kernels import tiles as _tiles
 
+OPTIMIZED = True
 SHAPE = 40, 6, 10, 8
 
 
