@@ -138,8 +138,8 @@ def in_pairs(axes, of, whole):
         in_tiles,
     ],
 )
-@pytest.mark.parametrize("mean", [0.0, 3.0, 1e2, 1e4, "far apart"])
-@pytest.mark.parametrize("shape", [(64, 64, 4), (8192, 4), (8191, 4)])
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4, "far apart"])
+@pytest.mark.parametrize("shape", [(64, 64, 4), (8191, 4)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_each_formulation_keeps_the_digits(formulation, mean, shape, weighted, small_tiles):
     rng = np.random.default_rng(1)
