@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -138,10 +139,15 @@ def in_pairs(axes, of, whole):
         in_tiles,
     ],
 )
-@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4, "far apart"])
 @pytest.mark.parametrize("shape", [(64, 64, 4), (8191, 4)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_each_formulation_keeps_the_digits(formulation, mean, shape, weighted, small_tiles):
+def test_each_formulation_keeps_the_digits(formulation, shape, weighted, small_tiles):
+    run = jax.jit(lambda axes, of: formulation(axes, of, False), static_argnums=0)
+    for mean in (0.0, 1e2, 1e4, "far apart"):
+        check_digits(formulation, run, mean, shape, weighted)
+
+
+def check_digits(formulation, run, mean, shape, weighted):
     rng = np.random.default_rng(1)
     x = rng.standard_normal(shape).astype(np.float32)
     if mean == "far apart":
@@ -159,8 +165,7 @@ def test_each_formulation_keeps_the_digits(formulation, mean, shape, weighted, s
         None if weights is None else jnp.asarray(weights),
         jnp.asarray(count, jnp.float32)[(None,) * len(axes)],
     )
-    found = jax.jit(lambda of: formulation(axes, of, False))(of)
-    got_mean, rest, got_var = (array.squeeze(axes) for array in found)
+    got_mean, rest, got_var = (array.squeeze(axes) for array in run(axes, of))
     wide = x.astype(np.float64)
     want_mean = (w * wide).sum(axes) / count
     want_var = (w * (wide - want_mean) ** 2).sum(axes) / count
@@ -169,9 +174,10 @@ def test_each_formulation_keeps_the_digits(formulation, mean, shape, weighted, s
     one_by_one = formulation is in_pairs and jax.default_backend() == "cpu"
     lost = x[..., 0].size * np.finfo(np.float32).eps if one_by_one else 0
     rtol = max(1e-5 if FUSES_SUMS else 2e-5, lost if mean == "far apart" else 0)
-    np.testing.assert_allclose(got_var, want_var, rtol=rtol)
+    np.testing.assert_allclose(got_var, want_var, rtol=rtol, err_msg=f"mean {mean}")
     exact = np.asarray(got_mean, np.float64) + np.asarray(rest, np.float64)
-    np.testing.assert_allclose(exact, want_mean, rtol=max(1e-6, lost), atol=1e-6)
+    rtol = max(1e-6, lost)
+    np.testing.assert_allclose(exact, want_mean, rtol, 1e-6, err_msg=f"mean {mean}")
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])
@@ -197,6 +203,18 @@ def test_a_gpu_takes_the_sums_of_a_pass_in_one_reduction():
     x = jnp.ones(SHAPE)
     text = lower(x, x).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.reduce(") == 3  # a sample, forward, backward
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (32, 64, 64, 64)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_no_loop_selects_bfloat16(shape, residual):
+    x = jnp.ones(shape, jnp.bfloat16)
+    options = {"residual": x} if residual else {}
+    apply = train(x, activation=jax.nn.relu, **options)
+    text = jax.jit(train_and_gradient(apply)).lower(x, x).as_text()
+    selects = re.findall(r"stablehlo.select .*", text)
+    assert selects
+    assert not [select for select in selects if select.endswith("xbf16>")]
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

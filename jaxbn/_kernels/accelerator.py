@@ -197,7 +197,9 @@ def opened(of: MapTangent | Sums, t: Array) -> Array:
         if of.slope is None or of.offset is None:
             return t
         y = before_relu(of.x, of.mean, of.slope, of.offset)
-    return lax.select(y > 0, t, lax.full_like(t, 0))
+    # XLA's loops that select bfloat16 are scalar code on CPUs without AVX-512.
+    wide = upcast(t) if t.dtype == jnp.bfloat16 else t
+    return lax.select(y > 0, wide, lax.full_like(wide, 0)).astype(t.dtype)
 
 
 def sums(axes: tuple[int, ...], of: Sums, whole: bool) -> tuple[Array, Array]:

@@ -145,7 +145,7 @@ def _(dtype, of, wanted, gradients):
     )
     if relu is not None:
         shown = of._replace(x=x, mean=mean, slope=slope, offset=offset)
-        gradient = opened(shown, gradient)
+        gradient = opened(shown, gradient.astype(slope.dtype))
     if wanted.x_tangent is not None:
         by_x = gradient.astype(slope.dtype) * slope
         found["x_tangent"] = by_x.astype(wanted.x_tangent.dtype)

@@ -120,8 +120,8 @@ MUTANTS = [
         ),
         (
             "the gradient of a ReLU at 0 is 1",
-            "return lax.select(y > 0, t, lax.full_like(t, 0))",
-            "return lax.select(y >= 0, t, lax.full_like(t, 0))",
+            "return lax.select(y > 0, wide,",
+            "return lax.select(y >= 0, wide,",
             DERIVATIVES,
         ),
         (
@@ -183,7 +183,7 @@ MUTANTS = [
         ),
         (
             "the ReLU lets all gradients of x through",
-            "gradient = opened(shown, gradient)",
+            "gradient = opened(shown, gradient.astype(slope.dtype))",
             "gradient = gradient + 0 * shown.x.astype(gradient.dtype)",
             DERIVATIVES,
         ),
