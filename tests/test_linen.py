@@ -130,11 +130,10 @@ def run_linen(cls, example):
         )
         return pull(y), (y, updates)
 
-    params = variables.get("params", {})
-    grads = {}
+    run = lambda *arguments: ({}, train(*arguments)[1])
     if jnp.issubdtype(x.dtype, jnp.floating):
-        grads, _ = jax.grad(train, argnums=(0, 1), has_aux=True)(params, x)
-    _, (y, updates) = train(params, x)
+        run = jax.grad(train, argnums=(0, 1), has_aux=True)
+    grads, (y, updates) = jax.jit(run)(variables.get("params", {}), x)
     inferred = layer.apply({**variables, **updates}, example.x(2), use_running_average=True)
     return variables, y0, y, updates, inferred, grads
 
@@ -266,7 +265,7 @@ def run_model(make, norm):
     def loss(params):
         return pull(model.apply({**variables, "params": params}, x, mutable=collections)[0])
 
-    grads = jax.grad(loss)(variables["params"])
+    grads = jax.jit(jax.grad(loss))(variables["params"])
     return (variables, y, updates, grads), table
 
 

@@ -51,7 +51,7 @@ def run_nnx(cls, example):
 
     grads = {}
     if jnp.issubdtype(x.dtype, jnp.floating):
-        grads, by_x = jax.grad(loss, argnums=(0, 1))(params, x)
+        grads, by_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
         grads = nnx.to_pure_dict(grads), by_x
     y = layer(x, mask=example.mask)
     stats = arrays(layer)

@@ -131,14 +131,14 @@ def run_step(case, layer, step, variables):
         mapped = jax.pmap if "jax.pmap" in case.meta["note"] else jax.vmap
     params = variables.get("params", {})
 
-    def outputs(params, x):
-        return forward(layer, {**variables, "params": params}, x, step, options, mapped)
-
     def loss(params, x):
-        return (outputs(params, x)[0].astype(jnp.float32) * dy).sum()
+        known = {**variables, "params": params}
+        y, stats = forward(layer, known, x, step, options, mapped)
+        return (y.astype(jnp.float32) * dy).sum(), (y, stats)
 
-    y, stats = outputs(params, x)
-    grads, by_x = jax.grad(loss, argnums=(0, 1))(params, x)
+    gradients = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    gradients = gradients if mapped is jax.pmap else jax.jit(gradients)
+    (grads, by_x), (y, stats) = gradients(params, x)
     check_output(case, step, params.get("scale", 1.0), y, {**grads, "x": by_x})
     near = near_of(case)
     if mapped is not None:

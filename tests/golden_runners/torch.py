@@ -82,7 +82,8 @@ def run_layer(case, step, arrays):
         y, after = apply(params, state, x, step["training"] or not tracks)
         return (y * dy).sum(), (y, after)
 
-    (by_params, by_x), (y, after) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+    gradients = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    (by_params, by_x), (y, after) = gradients(params, x)
     near = functools.partial(assert_near, tolerance=case.tolerance)
     near(channels_last(y), channels_last(case[step["y"]]), what="y")
     gradients = {"x": by_x, "weight": by_params.scale, "bias": by_params.bias}
@@ -176,7 +177,8 @@ def run_function(case, step, arrays):
         y, after = layer.apply(params, state, x, case.kwargs["training"])
         return (y * case[step["dy"]]).sum(), (y, after)
 
-    (by_params, by_x), (y, after) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+    gradients = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    (by_params, by_x), (y, after) = gradients(params, x)
     near = functools.partial(assert_near, tolerance=case.tolerance)
     near(channels_last(y), channels_last(case[step["y"]]), what="y")
     got = {"x": by_x, "weight": by_params.scale, "bias": by_params.bias}
