@@ -64,22 +64,35 @@ def check_init(layer, start, case):
     }
 
 
-def forward(layer, variables, x, step, options, mapped):
-    """Returns the output and the statistics, of every device where x is spread."""
+def gradients(layer, training, mapped, variables, x, dy, options):
+    """Returns the gradients of the params and x, the output and the statistics.
 
-    def on_device(x):
+    The output and the statistics are those of every device where x is spread.
+    """
+
+    def on_device(variables, x):
         y, updates = layer.apply(
             variables,
             x,
-            use_running_average=not step["training"],
+            use_running_average=not training,
             mutable=["batch_stats"],
             **options,
         )
         return y, updates["batch_stats"]
 
-    return (
-        on_device(x) if mapped is None else mapped(on_device, axis_name=layer.axis_name)(x)
-    )
+    run = on_device
+    if mapped is not None:
+        run = mapped(on_device, axis_name=layer.axis_name, in_axes=(None, 0))
+
+    def loss(params, x):
+        y, stats = run({**variables, "params": params}, x)
+        return (y.astype(jnp.float32) * dy).sum(), (y, stats)
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables.get("params", {}), x)
+
+
+# The steps of a case share a program.
+compiled_gradients = jax.jit(gradients, static_argnums=(0, 1, 2))
 
 
 def check_output(case, step, scale, y, grads):
@@ -131,14 +144,10 @@ def run_step(case, layer, step, variables):
         mapped = jax.pmap if "jax.pmap" in case.meta["note"] else jax.vmap
     params = variables.get("params", {})
 
-    def loss(params, x):
-        known = {**variables, "params": params}
-        y, stats = forward(layer, known, x, step, options, mapped)
-        return (y.astype(jnp.float32) * dy).sum(), (y, stats)
-
-    gradients = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    gradients = gradients if mapped is jax.pmap else jax.jit(gradients)
-    (grads, by_x), (y, stats) = gradients(params, x)
+    run = gradients if mapped is jax.pmap else compiled_gradients
+    (grads, by_x), (y, stats) = run(
+        layer, step["training"], mapped, variables, x, dy, options
+    )
     check_output(case, step, params.get("scale", 1.0), y, {**grads, "x": by_x})
     near = near_of(case)
     if mapped is not None:

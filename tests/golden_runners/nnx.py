@@ -45,7 +45,7 @@ def run_step(case, layer, step):
         y = layer(x, use_running_average=not step["training"], **options)
         return (y.astype(jnp.float32) * dy).sum()
 
-    grads, by_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+    grads, by_x = jax.grad(loss, argnums=(0, 1))(params, x)
     grads = nnx.to_pure_dict(grads)
     y = layer(x, use_running_average=not step["training"], **options)
     scale = 1.0 if layer.scale is None else layer.scale[...]

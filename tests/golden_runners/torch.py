@@ -75,29 +75,36 @@ def run_layer(case, step, arrays):
     x = jnp.asarray(case[step["x"]]).astype(case.meta["dtype"])
     dy = jnp.asarray(case[step["dy"]]).astype(x.dtype) if "dy" in step else jnp.ones_like(x)
     params, state = values_of(layer, arrays, x.shape[1])
-    tracks = case.kwargs.get("track_running_stats", True)
-    apply = by_shards(case, layer) if step["op"] == "sync_train" else layer.apply
-
-    def loss(params, x):
-        y, after = apply(params, state, x, step["training"] or not tracks)
-        return (y * dy).sum(), (y, after)
-
-    gradients = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
-    (by_params, by_x), (y, after) = gradients(params, x)
+    training = step["training"] or not case.kwargs.get("track_running_stats", True)
+    splits = tuple(case.meta["splits"]) if step["op"] == "sync_train" else None
+    (by_params, by_x), (y, after) = gradients(layer, training, splits, params, state, x, dy)
     near = functools.partial(assert_near, tolerance=case.tolerance)
     near(channels_last(y), channels_last(case[step["y"]]), what="y")
-    gradients = {"x": by_x, "weight": by_params.scale, "bias": by_params.bias}
+    moved = {"x": by_x, "weight": by_params.scale, "bias": by_params.bias}
     slope = 1 if params.scale is None else np.abs(np.asarray(params.scale, np.float64))
     var = np.var(np.asarray(x, np.float64), axis=(0, *range(2, x.ndim)))
     terms = slope / np.sqrt(var + layer.epsilon) * np.abs(np.asarray(dy, np.float64)).max()
     for name, key in step.get("grads", {}).items():
-        got, want = gradients[name], case[key]
+        got, want = moved[name], case[key]
         if name == "x":
             near(channels_last(got), channels_last(want), what="x gradient", terms=terms)
         else:
             near(got, want, what=f"{name} gradient")
     check_local_gradients(case, step, layer, params, state, near)
     return follow(case, step, params, by_params, after, arrays, near)
+
+
+# The steps of a case share a program.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def gradients(layer, training, splits, params, state, x, dy):
+    """Returns the gradients of the params and x, the output, and the state after it."""
+    apply = layer.apply if splits is None else by_shards(layer, splits)
+
+    def loss(params, x):
+        y, after = apply(params, state, x, training)
+        return (y * dy).sum(), (y, after)
+
+    return jax.grad(loss, (0, 1), has_aux=True)(params, x)
 
 
 def channels_last(array):
@@ -130,15 +137,15 @@ def split(case, rows):
     return padded, (np.arange(max(splits)) < np.array(splits)[:, None]).astype(rows.dtype)
 
 
-def by_shards(case, layer):
+def by_shards(layer, splits):
     """Returns `layer.apply` over shards of the recorded sizes, as one function."""
     synced = jaxbn.BatchNorm(**{**vars(layer), "axis_name": "d"})
-    splits = case.meta["splits"]
     member = np.repeat(np.arange(len(splits)), splits)
     place = np.concatenate([np.arange(size) for size in splits])
-    real = (np.arange(max(splits)) < np.array(splits)[:, None]).astype(case.meta["dtype"])
+    here = np.arange(max(splits)) < np.array(splits)[:, None]
 
     def apply(params, state, x, training):
+        real = here.astype(x.dtype)
         shards = jnp.zeros((len(splits), max(splits), *x.shape[1:]), x.dtype)
         shards = shards.at[member, place].set(x)
         run = lambda x, w: synced.apply(params, state, x, training, weights=w)
@@ -152,17 +159,21 @@ def check_local_gradients(case, step, layer, params, state, near):
     """Compares what each device holds before the gradients are summed, under pmap."""
     if step["op"] != "sync_train":
         return
-    synced = jaxbn.BatchNorm(**{**vars(layer), "axis_name": "d"})
     (x, real), (dy, _) = split(case, case[step["x"]]), split(case, case[step["dy"]])
-
-    def loss(params, x, w, dy):
-        return (synced.apply(params, state, x, True, weights=w)[0] * dy).sum()
-
-    by_params = jax.pmap(jax.grad(loss), axis_name="d", in_axes=(None, 0, 0, 0))(
-        params, x, real, dy
-    )
+    by_params = local_gradients(layer)(params, state, x, real, dy)
     near(by_params.scale, case[step["local_grad_weight"]], what="local weight gradient")
     near(by_params.bias, case[step["local_grad_bias"]], what="local bias gradient")
+
+
+@functools.cache
+def local_gradients(layer):
+    """Returns a function of shards, which the steps of a case share."""
+    synced = jaxbn.BatchNorm(**{**vars(layer), "axis_name": "d"})
+
+    def loss(params, state, x, w, dy):
+        return (synced.apply(params, state, x, True, weights=w)[0] * dy).sum()
+
+    return jax.pmap(jax.grad(loss), axis_name="d", in_axes=(None, None, 0, 0, 0))
 
 
 def run_function(case, step, arrays):
@@ -177,8 +188,7 @@ def run_function(case, step, arrays):
         y, after = layer.apply(params, state, x, case.kwargs["training"])
         return (y * case[step["dy"]]).sum(), (y, after)
 
-    gradients = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
-    (by_params, by_x), (y, after) = gradients(params, x)
+    (by_params, by_x), (y, after) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
     near = functools.partial(assert_near, tolerance=case.tolerance)
     near(channels_last(y), channels_last(case[step["y"]]), what="y")
     got = {"x": by_x, "weight": by_params.scale, "bias": by_params.bias}

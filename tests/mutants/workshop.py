@@ -77,7 +77,9 @@ class Workshop:
                 f"pytest {shlex.join(arguments)} did not run: {done.stdout[-500:]}"
                 f"{done.stderr[-500:]}. Check the tests that its mutant names."
             )
-        found = re.search(r"^(?:FAILED|ERROR) (\S+(?:\[[^\n]*?\])?)", done.stdout, re.M)
+        found = re.search(
+            r"^(?:FAILED|ERROR) ([^\s[]+(?:\[.*?\])?)(?= - |$)", done.stdout, re.M
+        )
         return found[1] if found else "a crash"
 
     def _write(self, path: Path, text: str) -> None:
