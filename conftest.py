@@ -23,3 +23,16 @@ def programs(request):
     with contextlib.nullcontext() if optimized else compiled_fast():
         yield
     jax.clear_caches()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives a file to one process, unless `--dist` says otherwise.
+
+    The tests of a file share programs, which each process would compile for itself.
+    """
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)

@@ -14,6 +14,8 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "16000000000",
     "MALLOC_ARENA_MAX": "1",
 }
+# As the kernel of Linux calls them, the widest first.
+VECTORS = {"avx512_bf16": "AVX-512 and bfloat16", "avx512f": "AVX-512", "avx2": "AVX2"}
 PACKAGES = (
     "jaxbn", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch", "numpy",
     "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu",
@@ -60,7 +62,11 @@ def _linux() -> bool:
 
 
 def _processor() -> str:
+    """Returns its name, and the vectors that it knows: bfloat16 is slow without AVX-512."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor() or "unknown"
+    name = names[0] if names else platform.processor() or "unknown"
+    flags = {word for line in lines if line.startswith("flags") for word in line.split()}
+    vectors = [word for flag, word in VECTORS.items() if flag in flags]
+    return f"{name} with {vectors[0]}" if vectors else name
