@@ -60,11 +60,12 @@ def _verdict(rows):
     ]
     slower = [(low, median) for low, median, _ in ratios if median > 1]
     surely = sum(low > 1 for low, _ in slower)
+    much = sum(median > 1.15 for _, median in slower)
     return (
         f"jaxbn takes longer than a peer in **{len(slower)} of {len(ratios)}** "
         f"comparisons, in {surely} with both quartiles above 1, in "
-        f"{sum(median > 1.15 for _, median in slower)} by more than 15 %; they are in bold "
-        "below. Ratios are medians over the rounds, with quartiles; below 1 jaxbn is faster."
+        f"{much} by more than 15 %; they are in bold below. Ratios are medians over the "
+        "rounds, with quartiles; below 1 jaxbn is faster."
         if ratios
         else ""
     )
