@@ -4,7 +4,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -14,23 +13,18 @@ _IMPORT = "import time; t = time.perf_counter(); {}; print(time.perf_counter() -
 
 
 def import_seconds(statements: list[str], repeats: int) -> dict[str, list[float]]:
-    """Times each statement in fresh processes, in turns, after all were compiled once."""
+    """Times each statement in fresh processes, in turns, after all were imported once."""
     seconds: dict[str, list[float]] = {statement: [] for statement in statements}
-    with tempfile.TemporaryDirectory() as bytecode:
-        # Without bytecode the compiler of Python would be timed.
-        environment = os.environ | {"PYTHONPYCACHEPREFIX": bytecode}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        for turn in range(repeats + 1):
-            for statement in statements:
-                done = subprocess.run(
-                    [sys.executable, "-c", _IMPORT.format(statement)],
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
-                if turn > 0:
-                    seconds[statement].append(float(done.stdout))
+    # Without bytecode the compiler of Python would be timed.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    for turn in range(repeats + 1):
+        for statement in statements:
+            command = [sys.executable, "-c", _IMPORT.format(statement)]
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+            )
+            if turn > 0:
+                seconds[statement].append(float(done.stdout))
     return seconds
 
 
