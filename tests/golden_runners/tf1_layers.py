@@ -94,7 +94,10 @@ def run_step(case, index, step, traced, make, params, state):
     descent = check_penalty(case, step, penalty, gradients, what)
 
     for name, value in updated.items():
-        np.testing.assert_array_equal(value, deferred[name], f"{what} deferred {name}")
+        # The same sums, which XLA may add up in another order the second time.
+        np.testing.assert_allclose(
+            value, deferred[name], rtol=5e-7, atol=1e-9, err_msg=f"{what} deferred {name}"
+        )
     state = after_updates(case, step, state, updated, what)
     if step["sgd"] is not None:
         params = descend(params, {k: descent[k] for k in params}, step["sgd"])
