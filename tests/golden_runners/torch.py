@@ -184,11 +184,9 @@ def run_function(case, step, arrays):
     x = jnp.asarray(case[step["x"]])
     params, state = values_of(layer, given, x.shape[1])
 
-    def loss(params, x):
-        y, after = layer.apply(params, state, x, case.kwargs["training"])
-        return (y * case[step["dy"]]).sum(), (y, after)
-
-    (by_params, by_x), (y, after) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+    (by_params, by_x), (y, after) = gradients(
+        layer, case.kwargs["training"], None, params, state, x, case[step["dy"]]
+    )
     near = functools.partial(assert_near, tolerance=case.tolerance)
     near(channels_last(y), channels_last(case[step["y"]]), what="y")
     got = {"x": by_x, "weight": by_params.scale, "bias": by_params.bias}
