@@ -18,6 +18,8 @@ FAST = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
+    # Otherwise the functions of a program are shared out among 32 modules of LLVM.
+    "xla_cpu_parallel_codegen_split_count": 1,
 }
 
 
