@@ -33,6 +33,8 @@ def pytest_xdist_make_scheduler(config, log):
     """
     if config.getoption("dist") != "load":
         return None
+    # Files with the most tests would come first, and one long test would end alone.
+    config.option.loadscopereorder = False
     from xdist.scheduler import LoadFileScheduling
 
     return LoadFileScheduling(config, log)
