@@ -1,15 +1,20 @@
 """Every difference between versions of JAX and XLA that the package has to know about."""
 
 import contextlib
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.experimental
 from jax import export, lax
-from jax.extend.core import Primitive as Primitive
 from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching
 from jax.interpreters import mlir as mlir
+
+if TYPE_CHECKING:
+    from jax.extend.core import Primitive as Primitive
+else:
+    # `jax.extend` imports Pallas, which takes as long as all of jaxbn, 40 ms.
+    Primitive = type(lax.add_p)
 
 # XLA before that of JAX 0.11 widens all of a bfloat16 array before it takes a tile of it.
 TILES_OF_BFLOAT16 = jax.__version_info__ >= (0, 11)

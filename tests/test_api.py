@@ -106,7 +106,7 @@ def test_every_public_name_is_documented_with_an_example_that_runs(name):
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import jaxbn", "flax optax torch numpy.testing tqdm safetensors"),
+        ("import jaxbn", "flax optax torch numpy.testing tqdm safetensors jax.extend"),
         ("import jaxbn.convert", "flax optax torch safetensors orbax h5py"),
         ("from jaxbn import *", "flax optax torch"),
     ],
