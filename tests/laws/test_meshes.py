@@ -203,6 +203,9 @@ def test_modules_and_estimates_see_the_whole_batch_on_any_mesh(use):
         jax.tree.map(near, got, want)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="XLA of JAX 0.7 splits no empty array"
+)
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("spec", [P(None, "m"), P("d"), P("d", "m")])
 def test_ghost_batches_of_nothing_on_explicit_axes(layout, spec):

@@ -114,7 +114,9 @@ def test_the_layer_in_every_mode(mode, remat, dtype, small_tiles):
         return jax.grad(loss, (0, 1, 2))(x, scale, bias)
 
     program = jax.jit(lambda *xd: mode(gradients, *xd)).lower(x, d)
-    assert program.as_text().count("stablehlo.while") > (mode is scan)
+    # The older pmap makes a program of several devices, also of one.
+    if mode is not pmap or jax.__version_info__ >= (0, 8):
+        assert program.as_text().count("stablehlo.while") > (mode is scan)
     got = program.compile()(x, d)
     want = truth(x, d, scale, bias, bn.epsilon)
     near = 1e-3 if dtype == "float16" else 1e-5
