@@ -22,8 +22,13 @@ import jaxbn
 KIB, MIB = 1 << 10, 1 << 20
 FEATURES = 24
 MOMENTUM, EPSILON = 0.9, 1e-5
-# Errors relative to the largest value. Rounding to half precision is within its own.
-ROUNDING = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}
+# Errors relative to the largest value. Rounding to half precision is within its own. Older
+# XLA adds up the tiles in another order: 1.2e-6 of a gradient, seen on JAX 0.7.2.
+ROUNDING = {
+    "float32": 1e-6 if jax.__version_info__ >= (0, 10) else 2e-6,
+    "float16": 1e-3,
+    "bfloat16": 6e-3,
+}
 SUMMED = 4e-6
 
 

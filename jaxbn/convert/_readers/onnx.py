@@ -74,7 +74,7 @@ def _add(name: str, tensor: Any, arrays: dict[str, Any], contents: Contents) -> 
 
 def _load_external(name: str, tensor: Any, contents: Contents) -> None:
     """Reads the values of a tensor from a file beside the model, and nowhere else."""
-    from onnx import TensorProto, external_data_helper
+    from onnx import external_data_helper
 
     entries = {entry.key: entry.value for entry in tensor.external_data}
     place = PurePath(entries.get("location", ""))
@@ -87,7 +87,7 @@ def _load_external(name: str, tensor: Any, contents: Contents) -> None:
         contents.reserve(min(beside.stat().st_size, int(entries.get("length", 0))))
     external_data_helper.load_external_data_for_tensor(tensor, str(contents.path.parent))
     # ONNX before 1.23 would look for the file again, in the working directory.
-    tensor.data_location = TensorProto.DEFAULT
+    tensor.ClearField("data_location")
 
 
 def _norms(nodes: list[Any], arrays: dict[str, Any], contents: Contents) -> set[str]:
