@@ -53,8 +53,16 @@ def moments_on_tpu(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
     return moments(axes, of, whole and is_small(of.x))
 
 
+def all_within(values: Array, bounds: Array) -> Array:
+    """Tells whether no value lies above its bound, or is NaN."""
+    return jnp.all(values <= bounds)
+
+
 def guarded(
-    axes: tuple[int, ...], of: Reduction, apart: Callable[..., Any] = lambda of, *_: of
+    axes: tuple[int, ...],
+    of: Reduction,
+    apart: Callable[..., Any] = lambda of, *_: of,
+    all_within: Callable[[Array, Array], Array] = all_within,
 ) -> Triple:
     """Sums x and its square, and reads x again where that has lost digits.
 
@@ -63,14 +71,16 @@ def guarded(
         of: What is summed.
         apart: Returns its first argument as values that XLA reads for one sum only; the
             others tell apart what else would be equal.
+        all_within: The function of that name, in a formulation for the platform.
     """
     first, second = apart(of), apart(of, lax.full_like(of.x, 1, shape=(1,)))
     total = weighted_sum(axes, first, upcast(first.x))
     square = weighted_sum(axes, second, upcast(second.x), upcast(second.x))
     count = divisor(count_of(axes, of))
-    squared = (total / count) * (total / count)
-    well = jnp.all(squared <= ILL_CONDITIONED * (square / count - squared))
-    shift = settled(total / count)
+    mean = total / count
+    squared = mean * mean
+    well = all_within(squared, ILL_CONDITIONED * (square / count - squared))
+    shift = settled(mean)
 
     def again() -> tuple[Array, Array]:
         first, by = apart((of, shift))

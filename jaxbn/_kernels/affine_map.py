@@ -49,8 +49,8 @@ def affine_map_tangent(
     slope, offset = moving.slope, moving.offset
     if moving.mean is not None:
         # The mean moves as an offset does, so that one sum over x serves both.
-        by_mean = -of.slope * moving.mean
-        offset = by_mean if offset is None else offset + by_mean
+        by_mean = of.slope * moving.mean
+        offset = -by_mean if offset is None else offset - by_mean
     slope, offset = _alike(of.x, slope, offset)
     gate = of.offset if relu and of.residual is None else None
     if relu and of.residual is None and gate is None:
@@ -99,7 +99,7 @@ def _(primals, tangents):
     inverse = inverse_deviation(*primals)
     # Multiplied up one factor at a time: the cube of `inverse` underflows where var is
     # above 1e25, although the product with the tangent does not.
-    return inverse, -0.5 * inverse * (inverse * (inverse * tangents[0]))
+    return inverse, -0.5 * (inverse * (inverse * (inverse * tangents[0])))
 
 
 def _typed_like_x(dtype: DTypeLike, of: Any) -> tuple[Any]:

@@ -33,7 +33,8 @@ def moments(axes: tuple[int, ...], of: Reduction, whole: bool) -> Triple:
     cut = tiles.cut(of.x, axes, 1) if whole and of.weights is None else None
     if cut is not None:
         return _tiled_moments(axes, of, cut)
-    return accelerator.guarded(axes, of, _unseen)
+    all_within = _all_within if whole else accelerator.all_within
+    return accelerator.guarded(axes, of, _unseen, all_within)
 
 
 def _tiled_moments(axes: tuple[int, ...], of: Reduction, cut: tiles.Cut) -> Triple:
@@ -82,6 +83,24 @@ def _tiled_sums(of: Sums, cut: tiles.Cut) -> tuple[Array, Array]:
 
     vectors = tuple(getattr(of, name) for name in names)
     return tiles.sums(products, cut, (of.x, of.t), vectors)
+
+
+def _all_within(values: Array, bounds: Array) -> Array:
+    """Returns `accelerator.all_within`, reducing pairs to one that fails.
+
+    XLA fuses it with what computes the pairs. Of `jnp.all` it makes three or four kernels:
+    the comparison, windows of 32 features (TreeReductionRewriter), and their reductions.
+    Features that are split over devices would be gathered for pairs.
+    """
+
+    def failing(a: Any, b: Any) -> Any:
+        holds = a[0] <= a[1]
+        return lax.select(holds, b[0], a[0]), lax.select(holds, b[1], a[1])
+
+    zero = lax.full_like(values, 0, shape=())
+    axes = range(values.ndim)
+    value, bound = lax.reduce((values, bounds), (zero, zero), failing, axes)
+    return value <= bound
 
 
 def _unseen(*arrays: Any) -> Any:

@@ -37,7 +37,8 @@ class Operation:
         types: The types of the results, given the static part and those of the operands.
         default: The formulation for every platform that has none of its own.
         platforms: Further formulations by platform.
-        batched: Returns the static part for operands with one more axis in front.
+        batched: Returns the static part for operands with one more axis in front. None
+            for an operation that takes each operand by itself.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Operation:
         types: Callable[[Any, Any], tuple[Any, ...]],
         default: Formulation,
         platforms: Mapping[str, Formulation],
-        batched: Callable[[Any], Any] = lambda static: static,
+        batched: Callable[[Any], Any] | None = lambda static: static,
     ):
         self._default = default
         self._batched = batched
@@ -133,6 +134,8 @@ class Operation:
         ad.primitive_transposes[self._primitive] = transpose
 
     def _batch(self, leaves, dims, *, tree, static):
+        if self._batched is None:
+            return self(static, tree.unflatten(leaves)), dims
         pairs = list(zip(leaves, dims, strict=True))
         size = next(leaf.shape[dim] for leaf, dim in pairs if dim is not None)
         moved = [
@@ -176,32 +179,50 @@ def number_of_elements(x: Array, axes: tuple[int, ...]) -> Array | int:
 # Optimization barriers that stop XLA from keeping what is cheaper to compute again.
 
 
-def _same(_: Any, operands: tuple[Array], whole: bool) -> tuple[Array]:
+def _same(recomputes: bool, operands: tuple[Array, ...], whole: bool) -> tuple[Array, ...]:
     return operands
 
 
-def _barrier(_: Any, operands: tuple[Array], whole: bool) -> tuple[Array]:
-    # Nested twice, so that CSE does not merge it with a barrier of the formulations.
-    return lax.optimization_barrier(lax.optimization_barrier(operands))
+def _hidden_on_cpu(
+    recomputes: bool, operands: tuple[Array, ...], whole: bool
+) -> tuple[Array, ...]:
+    return lax.optimization_barrier(operands)
 
 
-def _barrier_operation(name: str, platforms: tuple[str, ...]) -> Operation:
-    operation = Operation(
-        name, lambda _, operands: operands, _same, dict.fromkeys(platforms, _barrier)
-    )
-    operation.def_tangent(
-        lambda _, of, moving: (operation(None, of), operation(None, moving))
-    )
-    operation.def_transpose(
-        lambda _, of, wanted, gradients: operation(None, tuple(gradients))
-    )
-    return operation
+def _hidden_on_gpu(
+    recomputes: bool, operands: tuple[Array, ...], whole: bool
+) -> tuple[Array, ...]:
+    # XLA would keep a ReLU's mask, an array of x's shape, instead of computing it again
+    # from x (9.1 instead of 7 units of traffic, docs/performance.md).
+    x, *vectors = operands
+    return (lax.optimization_barrier(x) if recomputes else x), *vectors
 
 
-_ON_CPU = _barrier_operation("barrier_on_cpu", ("cpu",))
-# A GPU too: there XLA would keep a ReLU's mask, an array of x's shape, instead of computing
-# it again from x (9.1 instead of 7 units of traffic, docs/performance.md).
-_OFF_TPU = _barrier_operation("barrier_off_tpu", ("cpu", "cuda", "rocm"))
+_HIDDEN = Operation(
+    "hidden",
+    lambda _, operands: operands,
+    _same,
+    {"cpu": _hidden_on_cpu, "cuda": _hidden_on_gpu, "rocm": _hidden_on_gpu},
+    None,
+)
+
+
+def _hide(recomputes: bool, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
+    """Hides all arrays behind one barrier, where None stands for an absent one."""
+    leaves, tree = jax.tree.flatten(tuple(arrays))
+    return tree.unflatten(_HIDDEN(recomputes, tuple(leaves)))
+
+
+@_HIDDEN.def_tangent
+def _(recomputes, of, moving):
+    moved = _hide(recomputes, moving)
+    moved = (jnp.zeros_like(a) if t is None else t for a, t in zip(of, moved, strict=True))
+    return _HIDDEN(recomputes, of), tuple(moved)
+
+
+@_HIDDEN.def_transpose
+def _(recomputes, of, wanted, gradients):
+    return _hide(recomputes, gradients)
 
 
 def computed_apart(
@@ -213,7 +234,4 @@ def computed_apart(
     forward pass has made of x would be stored for the backward pass. With `recomputes`, x
     is hidden on GPUs too.
     """
-    if is_small(x):
-        return x, *vectors
-    (x,) = (_OFF_TPU if recomputes else _ON_CPU)(None, (x,))
-    return x, *(None if v is None else _ON_CPU(None, (v,))[0] for v in vectors)
+    return (x, *vectors) if is_small(x) else _hide(recomputes, (x, *vectors))

@@ -16,7 +16,7 @@ from jaxbn._dtypes import real_part, upcast, widest
 from jaxbn._kernels.accelerator import divisor
 from jaxbn._kernels.affine_map import affine_map, affine_map_tangent
 from jaxbn._kernels.operands import Map
-from jaxbn._kernels.operation import computed_apart
+from jaxbn._kernels.operation import computed_apart, number_of_elements
 from jaxbn._kernels.reduction import ExactMoments, exact_moments, moments_tangent
 from jaxbn._layers.ghost_batches import GhostBatches
 from jaxbn._sharding import closed, where_alike, zeros_like_result
@@ -85,7 +85,7 @@ def normalized(plan, x, weights, residual, captured, given, flag, correcting):
 @functools.partial(normalized.defjvp, symbolic_zeros=True)
 def _normalized_jvp(plan, primals, tangents):
     x, weights, residual, captured, given, flag, correcting = primals
-    moving = jax.tree.map(_unless_zero, tangents, is_leaf=_is_zero)
+    moving = jax.tree.map(_unless_zero, tangents)
     x_moving, weights_moving, residual_moving, captured_moving, given_moving, *_ = moving
     batch = _reduced(plan, x, weights, flag, correcting)
     # Tangents of x are upcast here alone, so that the backward pass adds the gradients of
@@ -107,7 +107,7 @@ def _normalized_jvp(plan, primals, tangents):
     if own is None and not jax.tree.leaves(given_moving):
         line, line_moving = vectors(batch and batch[:2], given), (None,) * 3
     else:
-        given_moving = jax.tree.map(_or_zero, given_moving, given, is_leaf=_is_none)
+        given_moving = _with_zeros(given_moving, given)
         line, line_moving = jax.jvp(vectors, (own, given), (own_moving, given_moving))
     y = _mapped(plan, x, line, residual, captured)
     moving = Map._make((x_moving, *line_moving, residual_moving))
@@ -148,7 +148,9 @@ def _moments_moving(plan, x, weights, batch, moving, correcting):
     if layer.axis_name is not None:
         totals = sum_over_devices(totals, layer.axis_name, layer.axis_index_groups)
     n = batch.count if plan.certain and plan.training else divisor(batch.count)
-    return tuple(total / n.astype(total.dtype) for total in totals)
+    if n is batch.count and layer.axis_name is None:
+        n = number_of_elements(x, plan.axes)
+    return tuple(total / n for total in totals)
 
 
 def line_of(
@@ -180,11 +182,10 @@ def line_of(
     slope, offset = layer.standardize(mean, var.astype(real_part(plan.wide)))
     slope, mean = slope.astype(plan.wide), mean.astype(plan.wide)
     offset = None if offset is None else offset.astype(plan.wide)
-    if rest is not None:
-        offset = _plus(offset, -rest.astype(plan.wide) * slope)
     for factor, shift in (*pairs, given.params):
-        slope, offset = _times(slope, factor), _times(offset, factor)
-        offset = _plus(offset, None if shift is None else shift.astype(plan.wide))
+        slope, offset = _followed(slope, offset, factor, shift)
+    if rest is not None:
+        offset = _followed(slope, offset, None, -(rest.astype(plan.wide) * slope))[1]
     return Line(mean, slope, offset)
 
 
@@ -221,7 +222,7 @@ def _mapped_tangent(plan, of, y, moving, captured, captured_moving):
         relu = plan.activation is not None
         return affine_map_tangent(of, y, moving, relu=relu, dtype=plan.dtype)
     tangent = affine_map_tangent(of, None, moving, relu=False, dtype=plan.wide)
-    captured_moving = jax.tree.map(_or_zero, captured_moving, captured, is_leaf=_is_none)
+    captured_moving = _with_zeros(captured_moving, captured)
     return _through_activation(plan, of, captured, tangent, captured_moving)
 
 
@@ -235,25 +236,25 @@ def _through_activation(plan, of, captured, tangent, captured_moving):
     return jax.jvp(plan.activation, *along)[1].astype(plan.dtype)
 
 
-def _times(a: Any, factor: Array | None) -> Any:
-    return a if a is None or factor is None else a * factor.astype(a.dtype)
-
-
-def _plus(a: Array | None, b: Array | None) -> Array | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _is_zero(tangent: Any) -> bool:
-    return isinstance(tangent, SymbolicZero)
-
-
-def _is_none(tangent: Any) -> bool:
-    return tangent is None
+def _followed(slope: Array, offset: Any, factor: Any, shift: Any) -> tuple[Array, Any]:
+    """Returns the slope and the offset of a map whose result is multiplied and shifted."""
+    if factor is not None:
+        factor = factor.astype(slope.dtype)
+        slope, offset = slope * factor, None if offset is None else offset * factor
+    if shift is not None:
+        shift = shift.astype(slope.dtype)
+        offset = shift if offset is None else offset + shift
+    return slope, offset
 
 
 def _unless_zero(tangent: Any) -> Any:
-    return None if _is_zero(tangent) else tangent
+    return None if isinstance(tangent, SymbolicZero) else tangent
 
 
-def _or_zero(tangent: Any, value: Any) -> Any:
-    return jax.tree.map(jnp.zeros_like, value) if tangent is None else tangent
+def _with_zeros(moving: Any, values: Any) -> Any:
+    """Returns the tangents of values, with zeros for those that are None."""
+
+    def filled(tangent: Any, value: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, value) if tangent is None else tangent
+
+    return jax.tree.map(filled, moving, values, is_leaf=lambda tangent: tangent is None)

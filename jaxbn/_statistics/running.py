@@ -171,7 +171,7 @@ def stored(state: State, after: State, count: Array) -> State:
     for array in fitted:
         sound = sound if array is None else sound & jnp.isfinite(array)
     kept = (
-        None if new is None else jnp.where(sound, new, old)
+        None if new is None else lax.select(sound, new, old)
         for new, old in zip(fitted, state, strict=True)
     )
     return type(state)(*kept)

@@ -30,6 +30,18 @@ def test_the_variance_keeps_its_digits_under_a_large_mean(mean, rows):
     )
 
 
+@pytest.mark.parametrize("lost", [[0], [1], [3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("poison", [[], [0], [2], [3]])
+def test_one_feature_that_lost_digits_is_enough_to_read_x_again(lost, poison):
+    x = normal(0.0, 1.0)
+    x[:, lost] += np.float32(1e4)
+    x[5, poison] = np.nan
+    sound = [feature for feature in range(4) if feature not in poison]
+    var = np.asarray(jaxbn.moments(x).var)
+    np.testing.assert_allclose(var[sound], x[:, sound].astype(np.float64).var(0), rtol=1e-5)
+    assert np.isnan(var[poison]).all()
+
+
 def test_a_rare_value_far_away_does_not_spoil_the_variance():
     x = normal(1e4, 1.0)
     x[:32] = 0.0

@@ -153,19 +153,19 @@ MUTANTS = [
         "_kernels/affine_map.py",
         (
             "the mean moves y the wrong way",
-            "by_mean = -of.slope * moving.mean",
-            "by_mean = of.slope * moving.mean",
+            "offset = -by_mean if offset is None else offset - by_mean",
+            "offset = by_mean if offset is None else offset + by_mean",
             GRADIENTS,
         ),
         (
             "the derivative of the standard deviation has the wrong sign",
-            "return inverse, -0.5 * inverse * (inverse * (inverse * tangents[0]))",
-            "return inverse, 0.5 * inverse * (inverse * (inverse * tangents[0]))",
+            "return inverse, -0.5 * (inverse * (inverse * (inverse * tangents[0])))",
+            "return inverse, 0.5 * (inverse * (inverse * (inverse * tangents[0])))",
             GRADIENTS,
         ),
         (
             "the cube of the inverse deviation underflows",
-            "-0.5 * inverse * (inverse * (inverse * tangents[0]))",
+            "-0.5 * (inverse * (inverse * (inverse * tangents[0])))",
             "-0.5 * (inverse * inverse * inverse) * tangents[0]",
             f"{NUMERICS} -k large_spread",
         ),
@@ -222,6 +222,12 @@ MUTANTS = [
             "return lax.optimization_barrier(arrays)[0]",
             "return arrays[0]",
             FUSED,
+        ),
+        (
+            "a feature with all digits hides one that lost them",
+            "return lax.select(holds, b[0], a[0]), lax.select(holds, b[1], a[1])",
+            "return b",
+            f"{NUMERICS} -k one_feature",
         ),
         (
             "sums over tiles ignore the ReLU",
@@ -336,8 +342,8 @@ MUTANTS = [
         ),
         (
             "no barrier stops XLA from storing what it can compute again",
-            "    if is_small(x):\n        return x, *vectors\n",
-            "    return x, *vectors\n",
+            "return (x, *vectors) if is_small(x) else _hide(recomputes, (x, *vectors))",
+            "return x, *vectors",
             FUSED,
         ),
     ),

@@ -158,8 +158,8 @@ MUTANTS = [
         "_layers/rule.py",
         (
             "the offset forgets what rounding left out of the mean",
-            "    if rest is not None:\n        offset = _plus",
-            "    if rest is None:\n        offset = _plus",
+            "    if rest is not None:\n        offset = _followed",
+            "    if False:\n        offset = _followed",
             PRECISION,
         ),
         (
@@ -176,8 +176,8 @@ MUTANTS = [
         ),
         (
             "the scale leaves out the offset",
-            "slope, offset = _times(slope, factor), _times(offset, factor)",
-            "slope = _times(slope, factor)",
+            "slope, offset = slope * factor, None if offset is None else offset * factor",
+            "slope = slope * factor",
             "tests/laws/test_variants.py -k adjustment",
         ),
         (
