@@ -72,8 +72,8 @@ def test_one_loop_tells_whether_any_feature_lost_digits(shape):
     text = jax.jit(train(x)).lower(x).compile().as_text()
     entry = text[text.index("ENTRY") :]
     assert "reduce-window" not in text
-    # The mean for a second reading, the test and its index, the mean, the slope, the offset,
-    # y and the two running averages. XLA computes some of the vectors where they are read.
+    # The mean for a second reading, the test and its index, the mean, slope and offset, y,
+    # and the two running averages. XLA computes some of the vectors where they are read.
     assert entry.count("kind=kLoop") <= 9
 
 
