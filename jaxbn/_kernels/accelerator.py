@@ -80,17 +80,17 @@ def guarded(
     mean = total / count
     squared = mean * mean
     well = all_within(squared, ILL_CONDITIONED * (square / count - squared))
-    shift = settled(mean)
 
-    def again() -> tuple[Array, Array]:
+    def again() -> Triple:
+        shift = settled(total / count)
         first, by = apart((of, shift))
         slip = weighted_sum(axes, first, upcast(first.x) - by)
         second, by = apart((of, shift), slip)
         deviation = upcast(second.x) - by
-        return slip, weighted_sum(axes, second, deviation, deviation)
+        return shift, slip, weighted_sum(axes, second, deviation, deviation)
 
-    slip, spread = lax.cond(well, lambda: (total, square), again)
-    shift = lax.select(well, lax.full_like(shift, 0), shift)
+    around_zero = lax.full_like(total, 0), total, square
+    shift, slip, spread = lax.cond(well, lambda: around_zero, again)
     return combined(shift, slip / count, spread / count)
 
 

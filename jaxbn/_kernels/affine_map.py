@@ -49,8 +49,8 @@ def affine_map_tangent(
     slope, offset = moving.slope, moving.offset
     if moving.mean is not None:
         # The mean moves as an offset does, so that one sum over x serves both.
-        by_mean = of.slope * moving.mean
-        offset = -by_mean if offset is None else offset - by_mean
+        by_mean = of.slope * -moving.mean
+        offset = by_mean if offset is None else offset + by_mean
     slope, offset = _alike(of.x, slope, offset)
     gate = of.offset if relu and of.residual is None else None
     if relu and of.residual is None and gate is None:

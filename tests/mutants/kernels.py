@@ -59,8 +59,8 @@ MUTANTS = [
         ),
         (
             "sums of x itself are taken for sums of deviations",
-            "shift = lax.select(well, lax.full_like(shift, 0), shift)",
-            "shift = shift + 0",
+            "around_zero = lax.full_like(total, 0), total, square",
+            "around_zero = settled(mean), total, square",
             f"{NUMERICS} -k keeps_its_digits",
         ),
         (
@@ -153,8 +153,8 @@ MUTANTS = [
         "_kernels/affine_map.py",
         (
             "the mean moves y the wrong way",
-            "offset = -by_mean if offset is None else offset - by_mean",
-            "offset = by_mean if offset is None else offset + by_mean",
+            "by_mean = of.slope * -moving.mean",
+            "by_mean = of.slope * moving.mean",
             GRADIENTS,
         ),
         (
