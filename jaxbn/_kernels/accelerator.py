@@ -82,6 +82,8 @@ def guarded(
     well = all_within(squared, ILL_CONDITIONED * (square / count - squared))
 
     def again() -> Triple:
+        # Not `mean`: as an operand of the conditional it would be computed by a loop of its
+        # own, for which every pass would wait.
         shift = settled(total / count)
         first, by = apart((of, shift))
         slip = weighted_sum(axes, first, upcast(first.x) - by)

@@ -208,7 +208,10 @@ _HIDDEN = Operation(
 
 
 def _hide(recomputes: bool, arrays: Sequence[Array | None]) -> tuple[Array | None, ...]:
-    """Hides all arrays behind one barrier, where None stands for an absent one."""
+    """Hides all arrays behind one barrier, where None stands for an absent one.
+
+    XLA merges barriers of equal operands (CSE), and no formulation has one of these.
+    """
     leaves, tree = jax.tree.flatten(tuple(arrays))
     return tree.unflatten(_HIDDEN(recomputes, tuple(leaves)))
 

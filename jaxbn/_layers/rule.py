@@ -150,7 +150,7 @@ def _moments_moving(plan, x, weights, batch, moving, correcting):
     n = batch.count if plan.certain and plan.training else divisor(batch.count)
     if n is batch.count and layer.axis_name is None:
         n = number_of_elements(x, plan.axes)
-    return tuple(total / n for total in totals)
+    return tuple(total / jnp.asarray(n, total.dtype) for total in totals)
 
 
 def line_of(
