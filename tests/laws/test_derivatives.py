@@ -165,3 +165,38 @@ def test_gradients_of_a_wider_x_than_y(x64, dtype, weighted, activation):
     assert jax.tree.map(jax.typeof, got) == jax.tree.map(jax.typeof, want)
     near = 30 * float(jnp.finfo(dtype).eps)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=near), got, want)
+
+
+@pytest.mark.parametrize("synced", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_of_complex_x_are_those_of_the_whole_batch(synced, weighted):
+    rng = np.random.default_rng(3)
+    of = lambda *shape: rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
+    x, along, toward = of(2, 12, 3) + 2, of(2, 12, 3), of(2, 12, 3)
+    weights = (
+        rng.integers(0, 3, (2, 12)).astype(np.float64) if weighted else np.ones((2, 12))
+    )
+    bn = jaxbn.BatchNorm(param_dtype=jnp.complex64, axis_name="d" if synced else None)
+    params, state = bn.init(3)
+
+    def normalized(x):
+        w, axes = weights[..., None], (0, 1) if synced else 1
+        count = w.sum(axes, keepdims=True)
+        centered = x - (w * x).sum(axes, keepdims=True) / count
+        var = (w * np.abs(centered) ** 2).sum(axes, keepdims=True) / count
+        return centered / np.sqrt(var + bn.epsilon)
+
+    def wide_loss(x):
+        return (toward.conj() * normalized(x)).real.sum()
+
+    def loss(x):
+        given = {"weights": jnp.asarray(weights, jnp.float32)} if weighted else {}
+        apply = lambda x, given: bn.apply(params, state, x, True, **given)[0]
+        y = jax.vmap(apply, axis_name="d")(x, given)
+        return jnp.sum(jnp.real(jnp.asarray(toward.conj(), y.dtype) * y))
+
+    gradient = jax.grad(loss)(jnp.asarray(x, jnp.complex64))
+    got = (np.asarray(gradient, np.complex128) * along).real.sum()
+    h = 1e-6
+    want = (wide_loss(x + h * along) - wide_loss(x - h * along)) / (2 * h)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
